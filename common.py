@@ -1,0 +1,279 @@
+"""What all three stages need and no lesson is in: processes, a run's directory, its log.
+
+A run writes into one directory, out/<stage>/:
+
+    config.json, tokenizer.json, model.safetensors   the model, for `NomicBert.from_pretrained`
+    state.pt                                         weights, optimizer, step: for `--resume`
+    log.jsonl                                        an object per logged step
+
+Each file is replaced as a whole: written under another name, then renamed. A kill at any moment
+leaves the old one or the new one. state.pt has all that a resume needs, so that it never has to fit
+another file.
+"""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from options import InputError, inherit
+
+# ------------------------------------------------------------------------------------------------
+# Processes
+
+
+def start_processes(batch_size):
+    """Joins the processes that torchrun started. Returns (rank, world size, device).
+
+    Batch sizes are global: raises InputError where this one does not divide among the processes."""
+    cuda = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device("cuda" if cuda else "cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if cuda:
+        torch.cuda.set_device(device)
+    world = dist.get_world_size()
+    if batch_size % world:
+        raise InputError(f"--batch-size={batch_size} does not divide among {world} processes")
+    return dist.get_rank(), world, device
+
+
+def is_first():
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def print0(*values):
+    """print, from one process only."""
+    if is_first():
+        print(*values, flush=True)
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_processes(value):
+    """The sum of a number or a tensor over all processes."""
+    if not dist.is_initialized():
+        return value
+    total = torch.as_tensor(value).clone()
+    dist.all_reduce(total)
+    return total
+
+
+def sum_gradients(model):
+    """Adds up the gradients of all processes, in place. Each has backpropagated its share of one
+    global loss, so that the sum is what one process with the whole batch would have found."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in model.parameters()]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message, not a hundred
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, total in zip(gradients, parts, strict=True):
+        gradient.copy_(total.view_as(gradient))
+
+
+# ------------------------------------------------------------------------------------------------
+# What a run begins with
+
+SHAPE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "rope_base",
+)
+
+
+def make_default_data(folder):
+    """Prepares the embedded data where it is missing. Any other missing folder is an error."""
+    if Path(folder, "meta.json").is_file():
+        return
+    if folder != "out/pydocs":
+        raise InputError(f"no data in {folder}: python data/pydocs.py --out={folder} makes some")
+    if is_first():
+        print(f"{folder} is missing: preparing it, as python data/pydocs.py does", flush=True)
+        from data import pydocs
+
+        pydocs.prepare(pydocs.Options(out=folder))
+    wait_for_all()
+
+
+def model_shape(config, tokenizer, trained_length):
+    """The model's config of a run that starts from random weights."""
+    from model import Config
+
+    if config.hidden_size % (2 * config.num_attention_heads):
+        heads = config.num_attention_heads
+        raise InputError(f"--hidden-size={config.hidden_size} makes no {heads} heads of even size")
+    vocab_size = -(-tokenizer.get_vocab_size() // 64) * 64  # matrix products like multiples of 64
+    shape = {name: getattr(config, name) for name in SHAPE}
+    return Config(vocab_size=vocab_size, trained_length=trained_length, **shape)
+
+
+def open_encoder(config, origin, device):
+    """The encoder that stage 2 or 3 begins with: the checkpoint of --init, whose shape and
+    tokenizer the run inherits, or random weights."""
+    from data.store import load_tokenizer
+    from model import NomicBert, choose_dtype
+
+    where = config.out if config.resume else config.init
+    if where:
+        model = NomicBert.from_pretrained(where)
+        names = (*SHAPE, "trained_length")
+        inherit(config, origin, {name: getattr(model.config, name) for name in names}, where)
+    else:
+        print0(
+            "starting from random weights; from stage 1: python mlm.py, then --init=out/mlm here"
+        )
+        tokenizer = load_tokenizer(config.data)
+        torch.manual_seed(config.seed)
+        model = NomicBert(model_shape(config, tokenizer, config.trained_length))
+        model.tokenizer = tokenizer
+    for name in ("query_tokens", "document_tokens"):
+        if getattr(config, name) > config.trained_length:
+            name, limit = name.replace("_", "-"), config.trained_length
+            raise InputError(f"--{name} is beyond the {limit} tokens that the model is trained for")
+    model.dtype = choose_dtype(config.precision, device)
+    return model.to(device)
+
+
+def adamw(model, config, betas, eps):
+    """AdamW, with weight decay on matrices and not on norms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    norms = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms}]
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=betas, eps=eps, weight_decay=0.0, fused=True
+    )
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+# ------------------------------------------------------------------------------------------------
+# A run's directory
+
+FREE_AT_RESUME = ("preset", "init", "out", "resume", "stop_after", "micro_batch_tokens")
+FREE_AT_RESUME += ("tokens_in_memory", "log_every", "eval_every", "save_every")
+
+
+def begin(config, origin, model, optimizer):
+    """Prints the config and readies OUT. Returns the step to begin with; 0 without --resume."""
+    for key, value in asdict(config).items():
+        print0(f"  {key:20} {value!s:20} {origin[key]}")
+    count = sum(p.numel() for p in model.parameters())
+    print0(f"{count:,} parameters, torch {torch.__version__}")
+    out, step = Path(config.out), 0
+    if config.resume:
+        step = load_state(config, model, optimizer)
+    elif is_first() and (out / "state.pt").exists():
+        shutil.rmtree(f"{out}.previous", ignore_errors=True)
+        os.rename(out, f"{out}.previous")
+        print(f"{out} held an earlier run: that is {out}.previous now")
+    save(config, model, optimizer, step)  # a full disk shows itself now, and not in an hour
+    wait_for_all()
+    return step
+
+
+def load_state(config, model, optimizer):
+    """Takes up OUT/state.pt and returns its step. Raises InputError where it is missing, damaged or
+    of a run with other settings."""
+    path, log_path = Path(config.out, "state.pt"), Path(config.out, "log.jsonl")
+    if not path.is_file():
+        raise InputError(f"--resume: there is no {path}; without --resume a new run begins")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # a damaged file raises all kinds
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}); begin without --resume"
+        ) from None
+    for key, value in asdict(config).items():
+        before = state["config"].get(key)
+        if key not in FREE_AT_RESUME and value != before:
+            key = key.replace("_", "-")
+            raise InputError(f"--resume keeps a run's settings: --{key} was {before}, not {value}")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if is_first() and log_path.is_file():  # what came after the checkpoint is about to come again
+        lines = log_path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+        replace(log_path, lambda temporary: temporary.write_text("".join(kept)))
+    print0(f"resuming {config.out} at step {state['step']}")
+    return state["step"]
+
+
+def save(config, model, optimizer, step):
+    """Writes the checkpoint: all that a resume needs, then the model for everybody else."""
+    if is_first():
+        state = {"step": step, "config": asdict(config)}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        replace(Path(config.out, "state.pt"), lambda path: torch.save(state, path))
+        model.save_pretrained(config.out)
+
+
+def replace(path, write):
+    """Writes a file whole or not at all: write(temporary path), then rename."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save: RuntimeError on a full disk
+        temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"cannot write {path}: {error}; what was there before is untouched"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------------
+# What a person sees
+
+
+def steps(start, config):
+    """The numbers of the steps still to do, behind a progress bar in the first process."""
+    end = min(config.steps, config.stop_after or config.steps)
+    return tqdm(
+        range(start, end), initial=start, total=config.steps, mininterval=1, disable=not is_first()
+    )
+
+
+def finite(loss, step, config):
+    """The loss as a number. Raises InputError if it is none, before a checkpoint is made of it."""
+    if not math.isfinite(loss := float(loss)):
+        raise InputError(
+            f"the loss is {loss} at step {step}: lower --lr; {config.out} holds the last checkpoint"
+        )
+    return loss
+
+
+def log(config, bar, record, sample=""):
+    """A line in OUT/log.jsonl; the same in the progress bar; the sample above it."""
+    if not is_first():
+        return
+    with open(Path(config.out, "log.jsonl"), "a") as file:
+        file.write(json.dumps(record) + "\n")
+    shown = {
+        "loss": ".3f",
+        "dev_accuracy": ".3f",
+        "dev_ndcg": ".3f",
+        "lr": ".1e",
+        "tokens_per_second": ",.0f",
+    }
+    text = " ".join(f"{key} {record[key]:{form}}" for key, form in shown.items() if key in record)
+    bar.set_postfix_str(text, refresh=False)
+    if sample:
+        bar.write(f"step {record['step']}: {text}\n    {sample}")
