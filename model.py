@@ -1,0 +1,356 @@
+"""NomicBert from scratch: the encoder of Nomic Embed (arXiv 2402.01613, sec. 4.1.2).
+
+What differs from BERT (Devlin et al., arXiv 1810.04805):
+- rotary positions instead of a table of positions (rope.py)
+- SwiGLU instead of GELU in the feed-forward layers (Shazeer, arXiv 2002.05202)
+- no biases in linear layers; dropout 0 (the released code leaves its hidden dropout at 0.1)
+- a vocabulary padded to a multiple of 64
+
+What it keeps: post-norm, token type embeddings (type 0 everywhere), an MLM head whose last matrix
+is the table of word embeddings.
+
+What differs from most PyTorch code: there is no padding and no attention mask. A batch is one
+packed stream of N tokens, and cu_seqlens says where its texts begin. Embeddings, norms and linear
+layers work on (N, C); only attention and pooling look at texts. Nothing is computed for padding,
+and no text's embedding depends on what it was batched with.
+
+Shapes: N tokens in the packed batch, B texts, H heads, D head size, C = H * D hidden size,
+V vocabulary, M masked places. Modules have the names of the published checkpoints.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from checkpoint import load_weights, read_checkpoint, write_checkpoint
+from data.store import cut, load_tokenizer, micro_batches, pack
+from options import InputError
+from rope import Rope, rope_angles, rotate
+
+
+@dataclass
+class Config:
+    """The model's shape. The defaults are nomic-bert-2048, 136,731,648 parameters without head."""
+
+    vocab_size: int = 30528  # bert-base-uncased's 30,522, padded to a multiple of 64
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    rope_base: float = 1000.0  # sec. 3.4; the released mlm.yaml has 500,000, a later experiment
+    trained_length: int = 2048  # tokens; RoPE scales beyond
+    rope_scaling: str = "dynamic"
+    rope_factor: float = 2.0
+
+    @property
+    def head_size(self):
+        return self.hidden_size // self.num_attention_heads
+
+
+# ------------------------------------------------------------------------------------------------
+# Precision. Weights are float32; each layer casts them to the type of its input. That type is set
+# at one place, behind the embeddings, and from there a reader can follow it: there is no autocast.
+
+
+def fast_dtype(device):
+    """bfloat16 where the processor multiplies it faster (GPUs since Ampere, CPUs with AVX512_BF16
+    or AMX), else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def choose_dtype(precision, device):
+    """The type that an option names: auto, bf16 or float32."""
+    named = {"auto": fast_dtype(device), "bf16": torch.bfloat16, "float32": torch.float32}
+    if precision not in named:
+        raise InputError(f"--precision={precision}: give auto, bf16 or float32")
+    return named[precision]
+
+
+class Linear(nn.Linear):
+    """x W^T in the type of x. No bias."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """With weight and bias, in the type of x."""
+
+    def forward(self, x):
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+def initialize(module):
+    """Normal with standard deviation 0.02, as BERT's; norms begin with weight 1 and bias 0."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(part.weight, std=0.02)
+
+
+# ------------------------------------------------------------------------------------------------
+# Attention over packed texts. This is the portable path: it asks only for F.scaled_dot_product_
+# attention, and so for texts of one length at a time.
+
+
+def length_groups(cu_seqlens):
+    """Brings texts of equal length together.
+
+    -> (order, groups). groups: a (length, number of texts) for each run, the longest first. order:
+    how to permute the tokens to get there, or None where they stand so already, as they do in our
+    own micro-batches."""
+    lengths = cu_seqlens.diff().cpu().numpy()  # (B,)
+    order = None
+    if (np.diff(lengths) > 0).any():
+        starts, by_length = cu_seqlens[:-1].cpu().numpy(), np.argsort(-lengths, kind="stable")
+        parts = [np.arange(starts[i], starts[i] + lengths[i]) for i in by_length]
+        order = torch.from_numpy(np.concatenate(parts)).to(cu_seqlens.device)  # (N,)
+    values, counts = np.unique(-lengths, return_counts=True)
+    return order, [(-int(value), int(count)) for value, count in zip(values, counts, strict=True)]
+
+
+def attention(qkv, groups):
+    """softmax(Q K^T / sqrt(D)) V within each text: (N, 3, H, D) -> (N, H, D).
+
+    groups: from length_groups, in whose order the tokens stand."""
+    outputs = []
+    parts = qkv.split([length * texts for length, texts in groups])
+    for (length, texts), part in zip(groups, parts, strict=True):
+        part = part.view(texts, length, *part.shape[1:])  # (texts, length, 3, H, D)
+        q, k, v = part.permute(2, 0, 3, 1, 4)  # (texts, H, length, D) each
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        outputs.append(mixed.transpose(1, 2).flatten(0, 1))  # (texts * length, H, D)
+    return torch.cat(outputs)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads, self.head_size = config.num_attention_heads, config.head_size
+        self.Wqkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x, cos, sin, groups):
+        qkv = self.Wqkv(x).view(-1, 3, self.heads, self.head_size)  # (N, 3, H, D)
+        qk, v = qkv.split([2, 1], dim=1)
+        qkv = torch.cat((rotate(qk, cos, sin), v), dim=1)
+        return self.out_proj(attention(qkv, groups).flatten(1))  # (N, C)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: fc2(fc11(x) * silu(fc12(x))). fc12 is the gate."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc11 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc12 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.fc2(self.fc11(x) * F.silu(self.fc12(x)))
+
+
+class Block(nn.Module):
+    """Post-norm: the norm follows the residual sum, as in BERT."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attn = Attention(config)
+        self.norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = GatedMLP(config)
+        self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x, cos, sin, groups):
+        x = self.norm1(x + self.attn(x, cos, sin, groups))
+        return self.norm2(x + self.mlp(x))
+
+
+# ------------------------------------------------------------------------------------------------
+# The encoder
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+
+    def forward(self, tokens):
+        return self.word_embeddings(tokens) + self.token_type_embeddings.weight[0]
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+
+
+class NomicBert(nn.Module):
+    """Packed tokens -> hidden states; texts -> embeddings."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.emb_ln = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = Encoder(config)
+        self.rope = Rope(
+            config.rope_base, config.trained_length, config.rope_scaling, config.rope_factor
+        )
+        self.dtype = torch.float32  # of the activations
+        self.tokenizer = None  # for `encode` and `save_pretrained`
+        initialize(self)
+
+    @property
+    def device(self):
+        return self.emb_ln.weight.device
+
+    def forward(self, tokens, cu_seqlens):
+        """The hidden states of the last layer.
+
+        tokens (N,) int64; cu_seqlens (B + 1,) int32, where each text begins and the last ends
+        -> (N, C) in self.dtype."""
+        order, groups = length_groups(cu_seqlens)
+        angles = rope_angles(cu_seqlens, len(tokens), self.config.head_size, self.rope)  # (N, D/2)
+        if order is not None:
+            tokens, angles = tokens[order], angles[order]
+        x = self.emb_ln(self.embeddings(tokens)).to(self.dtype)  # (N, C)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for layer in self.encoder.layers:
+            x = layer(x, cos, sin, groups)
+        return x if order is None else torch.empty_like(x).index_copy(0, order, x)
+
+    def embed(self, tokens, cu_seqlens):
+        """The mean of each text's hidden states at unit length (sec. 3.1): (B, C) float32."""
+        return F.normalize(mean_pool(self(tokens, cu_seqlens), cu_seqlens), dim=-1)
+
+    @torch.no_grad()
+    def encode(self, texts, max_tokens=8192, dims=None, micro_batch_tokens=8192):
+        """Embeddings of a list of strings, in its order: (n, dims) float32 numpy, unit length.
+
+        A task prefix such as "search_query: " is part of the text. Texts are cut to max_tokens;
+        beyond the trained length RoPE scales as `self.rope` says. dims: the first dimensions only,
+        of a model trained with Matryoshka; None is all. Raises InputError for dims out of range."""
+        size = self.config.hidden_size
+        if dims is not None and not 0 < dims <= size:
+            raise InputError(f"dims={dims}: embeddings of this model have {size} dimensions")
+        encodings = self.tokenizer.encode_batch_fast(list(texts))
+        texts = [cut(np.array(encoding.ids), max_tokens) for encoding in encodings]
+        embeddings = np.empty((len(texts), dims or size), np.float32)
+        groups = micro_batches([len(text) for text in texts], micro_batch_tokens) if texts else []
+        for group in tqdm(groups, "encoding", disable=len(groups) < 100, leave=False):
+            full = self.embed(*pack([texts[i] for i in group], self.device))
+            embeddings[group] = F.normalize(full[:, :dims], dim=-1).cpu()
+        return embeddings
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype=None):
+        """Opens what `save_pretrained` wrote, with or without the MLM head.
+
+        dtype: of the activations; None is the fast one. Raises InputError for files that are
+        missing, damaged, or do not fit together."""
+        config, weights = read_checkpoint(directory)
+        weights = {name: w for name, w in weights.items() if not name.startswith("cls.")}
+        model = cls(config_from(config))
+        load_weights(model, {n.removeprefix("bert."): w for n, w in weights.items()}, directory)
+        model.tokenizer = tokenizer_for(model, directory)
+        model.dtype = dtype or fast_dtype(model.device)
+        return model
+
+    def save_pretrained(self, directory):
+        write_checkpoint(directory, self, self.tokenizer, "NomicBertModel")
+
+
+def mean_pool(hidden, cu_seqlens):
+    """The mean of each text's hidden states, [CLS], [SEP] and prefix included: (N, C) -> (B, C)."""
+    lengths = cu_seqlens.diff()  # (B,)
+    text = torch.repeat_interleave(lengths, output_size=len(hidden))  # (N,): the number of its text
+    sums = torch.zeros(len(lengths), hidden.shape[1], device=hidden.device)
+    return sums.index_add(0, text, hidden.float()) / lengths[:, None]
+
+
+def config_from(values):
+    return Config(**{name: values[name] for name in Config.__dataclass_fields__ if name in values})
+
+
+def tokenizer_for(model, directory):
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise InputError(
+            f"{directory}/tokenizer.json has {tokenizer.get_vocab_size()} tokens, "
+            f"the model in config.json {model.config.vocab_size}"
+        )
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------
+# The head of masked language modelling
+
+
+class Transform(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense = Linear(config.hidden_size, config.hidden_size)
+        self.layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x):
+        return self.layer_norm(F.silu(self.dense(x)))  # BERT has GELU and a bias here
+
+
+class Predictions(nn.Module):
+    def __init__(self, config, word_embeddings):
+        super().__init__()
+        self.transform = Transform(config)
+        self.decoder = Linear(config.hidden_size, config.vocab_size)
+        initialize(self)
+        self.decoder.weight = word_embeddings.weight  # tied
+
+    def forward(self, x):
+        return self.decoder(self.transform(x))
+
+
+class NomicBertForMaskedLM(nn.Module):
+    """The encoder with its head: packed tokens -> scores of the vocabulary at masked places."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.bert = NomicBert(config)
+        predictions = Predictions(config, self.bert.embeddings.word_embeddings)
+        self.cls = nn.ModuleDict({"predictions": predictions})
+
+    def forward(self, tokens, cu_seqlens, places):
+        """tokens (N,), cu_seqlens (B + 1,), places (M,) in the packed batch -> (M, V).
+
+        Nothing is computed for other places: of a small model the head is half the work."""
+        return self.cls["predictions"](self.bert(tokens, cu_seqlens)[places])
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype=None):
+        """Opens what `save_pretrained` wrote. Raises InputError as `NomicBert.from_pretrained`."""
+        config, weights = read_checkpoint(directory)
+        embeddings = weights.get("bert.embeddings.word_embeddings.weight")
+        if embeddings is None:
+            raise InputError(f"{directory} has no MLM head: it is not a checkpoint of stage 1")
+        model = cls(config_from(config))
+        weights["cls.predictions.decoder.weight"] = embeddings
+        load_weights(model, weights, directory)
+        model.bert.tokenizer = tokenizer_for(model, directory)
+        model.bert.dtype = dtype or fast_dtype(model.bert.device)
+        return model
+
+    def save_pretrained(self, directory):
+        write_checkpoint(directory, self, self.bert.tokenizer, "NomicBertForMaskedLM")
