@@ -1,0 +1,258 @@
+"""Stage 2: contrastive pretraining on weak pairs (sec. 3.2, 4.2). From words to whole texts.
+
+Take texts that belong together for some cheap reason: a title and its article, a question and its
+answer, the name of a function and its documentation. Pull the embeddings of a pair together, and
+push the query away from the documents of all other pairs in the batch. Nobody labelled anything;
+the paper uses 235 million such pairs.
+
+    python contrastive.py --init=out/mlm     # from stage 1; without --init from random weights
+    python contrastive.py --help             # all options
+    torchrun --nproc-per-node=2 contrastive.py --init=out/mlm       # two processes, same result
+    torchrun --nproc-per-node=8 contrastive.py --preset=paper --init=out/mlm --data=DIR
+
+Three things make it work:
+- the loss, InfoNCE: to choose the right document among all of the batch
+- large batches, which means more to choose from. GradCache computes them in pieces, with the exact
+  gradient
+- each batch comes from one source of pairs, and each text begins with a prefix that names the task
+  (data/store.py)
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import common
+from check import check_stage
+from data import store
+from options import read_options, run
+from retrieval import Retrieval, dev_scores
+
+
+@dataclass
+class Config:
+    preset: str = "laptop"  # a named set of values: laptop, gpu or paper
+    data: str = "out/pydocs"  # a data folder; this one is made where it is missing
+    init: str = ""  # a checkpoint to start from, such as out/mlm; empty: random weights
+    out: str = "out/contrastive"  # for the checkpoint and log; an earlier run moves to OUT.previous
+    resume: bool = False  # continue the run in OUT from its last checkpoint
+    check: bool = False  # train nothing, and examine machine, data and a short run instead
+    seed: int = 0  # decides the first weights and the order of the data
+    precision: str = "auto"  # of the activations: bf16, float32, or auto: bf16 where it is fast
+
+    hidden_size: int = 256  # C; this and the next five come from the checkpoint where there is one
+    num_hidden_layers: int = 2  # transformer blocks
+    num_attention_heads: int = 4  # H; the paper's heads have 64 features too
+    intermediate_size: int = 512  # width of the feed-forward layers
+    rope_base: float = 1000.0  # sec. 3.4
+    trained_length: int = 128  # tokens; Dynamic NTK is for longer texts
+
+    batch_size: int = 512  # pairs in a step, over all processes: the documents to choose from
+    query_tokens: int = 48  # queries are cut to this length
+    document_tokens: int = 64  # documents are cut to this length: their beginnings say most
+    temperature: float = 0.02  # divides the cosines: a logit scale of 50, fixed [code]
+    micro_batch_tokens: int = 8192  # tokens that go through the model at once, in each process
+    tokens_in_memory: int = 65_536  # larger batches, in each process, go through GradCache
+
+    steps: int = 300  # optimizer steps
+    lr: float = 3e-3  # peak of the learning rate; small models bear more than large ones
+    warmup: int = 30  # steps in which the rate rises
+    weight_decay: float = 0.01  # of matrices; norms have none
+    clip: float = 1.0  # longest gradient
+
+    log_every: int = 10  # steps between lines of the log
+    eval_every: int = 100  # steps between scores on held-out pairs, with an example
+    save_every: int = 100  # steps between checkpoints
+    stop_after: int = 0  # leave after this step as if interrupted; --resume goes on (0: never)
+    overfit: bool = False  # show the first batch again and again: the loss must fall towards 0
+
+
+PRESETS = {
+    "laptop": {},
+    "gpu": {
+        "hidden_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "intermediate_size": 2048,
+        "trained_length": 512,
+        "batch_size": 2048,
+        "query_tokens": 64,
+        "document_tokens": 256,
+        "micro_batch_tokens": 65_536,
+        "tokens_in_memory": 262_144,
+        "steps": 1500,
+        "lr": 5e-4,
+        "warmup": 150,
+        "eval_every": 250,
+    },
+    "paper": {  # sec. 4.2.3 where nothing else is said
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "trained_length": 2048,
+        "batch_size": 16_384,
+        "query_tokens": 2048,  # the later reader cuts queries at 32 and
+        "document_tokens": 2048,  # documents at 256 tokens [code]
+        "micro_batch_tokens": 65_536,  # ours; the released GradCache takes 64 texts [code]
+        "tokens_in_memory": 65_536,
+        "steps": 14_316,  # one epoch of 234,553,344 pairs (table 7)
+        "lr": 2e-4,  # the paper's first version prints 2e-5
+        "warmup": 700,
+        "weight_decay": 0.01,
+        "clip": 1.0,
+        "eval_every": 1000,
+        "save_every": 1000,
+    },
+}
+
+
+def learning_rate(step, config):
+    """Rises linearly for `warmup` steps, then falls with the inverse square root of the step (the
+    later code: cosine)."""
+    return config.lr * min((step + 1) / config.warmup, (config.warmup / (step + 1)) ** 0.5)
+
+
+# ------------------------------------------------------------------------------------------------
+# The lesson: InfoNCE
+
+
+def info_nce(query, document, temperature, first=0):
+    """Choose each query's document among all (eq. 1): the sum, over queries, of
+    -log softmax(cosines with all documents / temperature)[the right one].
+
+    query (b, E), document (M, E), at unit length. Document first + i is the right one for query i,
+    all others are negatives. Identical embeddings give exactly ln M for each query."""
+    scores = query @ document.T / temperature  # (b, M)
+    right = torch.arange(first, first + len(query), device=query.device)
+    return F.cross_entropy(scores, right, reduction="sum")
+
+
+class Gather(torch.autograd.Function):
+    """The rows of all processes, with gradients: (b, E) -> (world * b, E).
+
+    What the queries of every process say about a document flows back to the process that encoded
+    it. Without that the gradient has another direction, and nothing complains
+    (tests/test_contrastive.py shows it)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)  # each process knows a part of the gradient of every row
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x):
+    return Gather.apply(x) if dist.is_initialized() else x
+
+
+# ------------------------------------------------------------------------------------------------
+# The lesson: GradCache (Gao et al., arXiv 2101.06983)
+
+
+def embed(model, texts, micro_batch_tokens):
+    """Embeddings of B texts (id arrays), a micro-batch at a time: (B, E), in the order given."""
+    groups = store.micro_batches([len(text) for text in texts], micro_batch_tokens)
+    parts = [model.embed(*store.pack([texts[i] for i in group], model.device)) for group in groups]
+    return torch.cat(parts)[np.argsort(np.concatenate(groups))]
+
+
+def grad_cache(model, texts, loss_of, micro_batch_tokens):
+    """Backpropagates loss_of(embeddings of all texts), with the activations of one micro-batch in
+    memory at a time. Returns the loss.
+
+    A large batch cannot be summed up from small ones: their queries would miss each other's
+    documents. But the loss sees the model only through the embeddings, and so, by the chain rule,
+
+        d loss / d weights  =  sum over texts of  d loss / d embedding  *  d embedding / d weights
+
+    1. embed all texts, and keep no activations
+    2. compute the loss of the embeddings, and its gradient for each of them
+    3. embed again, a micro-batch at a time, and backpropagate these gradients from there
+
+    It costs a second forward pass, a third more work; the gradient is that of the whole batch."""
+    with torch.no_grad():
+        embeddings = embed(model, texts, micro_batch_tokens)
+    embeddings.requires_grad_()
+    loss = loss_of(embeddings)
+    loss.backward()
+    for group in store.micro_batches([len(text) for text in texts], micro_batch_tokens):
+        again = model.embed(*store.pack([texts[i] for i in group], model.device))
+        again.backward(embeddings.grad[group])
+    return loss.detach()
+
+
+def backpropagate(model, texts, loss_of, config):
+    """The loss of a batch, its gradient added to the weights: through GradCache, unless the
+    activations of the whole batch fit in memory."""
+    if sum(map(len, texts)) > config.tokens_in_memory:
+        return grad_cache(model, texts, loss_of, config.micro_batch_tokens)
+    loss = loss_of(embed(model, texts, config.micro_batch_tokens))
+    loss.backward()
+    return loss.detach()
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def main(arguments):
+    config, origin = read_options(Config, arguments, PRESETS)
+    if config.check:
+        return check_stage(main, arguments, config)
+    rank, world, device = common.start_processes(config.batch_size)
+    common.make_default_data(config.data)
+    model = common.open_encoder(config, origin, device)
+    sources = store.open_sources(f"{config.data}/stage2", model.tokenizer)
+    batches = store.PairBatches(sources, config.batch_size, config.seed)
+    dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
+    optimizer = common.adamw(model, config, betas=(0.9, 0.999), eps=1e-8)
+    start = common.begin(config, origin, model, optimizer)
+
+    share = config.batch_size // world  # pairs of this process
+    for step in (bar := common.steps(start, config)):
+        began = time.perf_counter()
+        source, rows = batches.at(0 if config.overfit else step)
+        rows = rows[rank * share : (rank + 1) * share]
+        texts = source.texts("query", rows, config.query_tokens)
+        texts += source.texts("document", rows, config.document_tokens)
+
+        def loss_of(embeddings):  # (2 * share, E): this process's queries, then its documents
+            query, document = embeddings.chunk(2)
+            loss = info_nce(query, gather(document), config.temperature, first=rank * share)
+            return loss / config.batch_size  # this process's part of the mean over the batch
+
+        optimizer.zero_grad(set_to_none=True)
+        loss = backpropagate(model, texts, loss_of, config)
+        common.sum_gradients(model)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        lr = common.set_lr(optimizer, learning_rate(step, config))
+        optimizer.step()
+        seconds, done = time.perf_counter() - began, step + 1
+
+        saves = done % config.save_every == 0 or done in (config.steps, config.stop_after)
+        if done % config.log_every == 0 or saves:
+            loss = common.finite(common.sum_over_processes(loss), done, config)
+            tokens = int(common.sum_over_processes(sum(map(len, texts))))
+            record = {"step": done, "loss": loss, "lr": lr, "tokens": tokens}
+            record |= {"tokens_per_second": tokens / seconds, "gradient_norm": norm.item()}
+            sample = ""
+            if done % config.eval_every == 0 or done == config.steps:
+                scores, sample = dev_scores(model, dev, config.trained_length)
+                record |= scores
+            common.log(config, bar, {**record, "source": source.name}, sample)
+        if saves:
+            common.save(config, model, optimizer, done)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,266 @@
+"""Stage 3: finetuning on supervised pairs with hard negatives (sec. 3.3, 4.2.4).
+
+The other documents of a batch are easy to tell from the right one: most are about something else.
+Once a model can do that, what is left to learn are the near misses. So it finds them itself: search
+all documents with each query; what comes near the top and is not the answer is a hard negative.
+
+Some near misses are answers that nobody marked. A document that scores as high as the marked one
+probably is one, and training against it would teach a falsehood; so these are dropped.
+
+    python finetune.py --init=out/contrastive                # from stage 2
+    python finetune.py --init=out/contrastive --matryoshka   # embeddings that may be cut short
+    python finetune.py --help                                # all options
+    torchrun --nproc-per-node=8 finetune.py --preset=paper --init=out/contrastive --data=DIR
+
+The loss is that of stage 2. Each query sees the documents of the whole batch, and the hard
+negatives of the whole batch: so the released code; the paper's eq. 2 shows a query's own negatives.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import common
+from check import check_stage
+from contrastive import backpropagate, embed, gather, info_nce
+from data import store
+from options import read_options, run
+from retrieval import Retrieval, dev_scores, top_k
+
+
+@dataclass
+class Config:
+    preset: str = "laptop"  # a named set of values: laptop, gpu or paper
+    data: str = "out/pydocs"  # a data folder; this one is made where it is missing
+    init: str = ""  # a checkpoint to start from, such as out/contrastive; empty: random weights
+    out: str = (
+        "out/finetune"  # for the checkpoint and the log; an earlier run moves to OUT.previous
+    )
+    resume: bool = False  # continue the run in OUT from its last checkpoint
+    check: bool = False  # train nothing, and examine machine, data and a short run instead
+    seed: int = 0  # decides the first weights, the order of the data, and which negatives are drawn
+    precision: str = "auto"  # of the activations: bf16, float32, or auto: bf16 where it is fast
+
+    hidden_size: int = 256  # C; this and the next five come from the checkpoint where there is one
+    num_hidden_layers: int = 2  # transformer blocks
+    num_attention_heads: int = 4  # H; the paper's heads have 64 features too
+    intermediate_size: int = 512  # width of the feed-forward layers
+    rope_base: float = 1000.0  # sec. 3.4
+    trained_length: int = 128  # tokens; Dynamic NTK is for longer texts
+
+    negatives: int = 3  # hard negatives of a query in a step, drawn from those mined; 0: none
+    mined: int = 20  # documents nearest to a query, among which its negatives are sought
+    margin: float = 1.0  # at this share of the right document's score, a near miss is an answer
+    batch_size: int = 128  # pairs in a step, over all processes
+    query_tokens: int = 48  # queries are cut to this length
+    document_tokens: int = 64  # documents are cut to this length
+    temperature: float = 0.02  # divides the cosines: a logit scale of 50, fixed [code]
+    matryoshka: bool = False  # train the first 64, 128, 256, ... dimensions to be embeddings too
+    micro_batch_tokens: int = 8192  # tokens that go through the model at once, in each process
+    tokens_in_memory: int = 65_536  # larger batches, in each process, go through GradCache
+
+    steps: int = 120  # optimizer steps
+    lr: float = 1e-3  # peak of the learning rate
+    warmup: int = 12  # steps in which the rate rises
+    weight_decay: float = 0.01  # of matrices; norms have none
+    clip: float = 1.0  # longest gradient
+
+    log_every: int = 10  # steps between lines of the log
+    eval_every: int = 60  # steps between scores on held-out pairs, with an example
+    save_every: int = 60  # steps between checkpoints
+    stop_after: int = 0  # leave after this step as if interrupted; --resume goes on (0: never)
+    overfit: bool = False  # show the first batch again and again: the loss must fall towards 0
+
+
+PRESETS = {
+    "laptop": {},
+    "gpu": {
+        "hidden_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "intermediate_size": 2048,
+        "trained_length": 512,
+        "negatives": 7,
+        "batch_size": 256,
+        "query_tokens": 64,
+        "document_tokens": 256,
+        "micro_batch_tokens": 65_536,
+        "tokens_in_memory": 262_144,
+        "steps": 500,
+        "lr": 5e-5,
+        "warmup": 50,
+        "eval_every": 250,
+    },
+    "paper": {  # sec. 4.2.4 where nothing else is said
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "trained_length": 2048,
+        "negatives": 7,
+        "mined": 20,
+        "batch_size": 256,
+        "query_tokens": 512,  # [code]; the paper says 2,048 for all stages
+        "document_tokens": 512,  # [code], likewise
+        "micro_batch_tokens": 65_536,  # ours; it does not change the result
+        "tokens_in_memory": 65_536,  # the released code has no GradCache here, and more memory
+        "steps": 6612,  # one epoch of 1,692,672 pairs (table 3)
+        "lr": 2e-5,
+        "warmup": 400,
+        "weight_decay": 0.01,
+        "clip": 1.0,
+        "eval_every": 1000,
+        "save_every": 1000,
+    },
+}
+
+
+def learning_rate(step, config):
+    """Rises linearly for `warmup` steps, then falls linearly to 0."""
+    left = (config.steps - step) / max(1, config.steps - config.warmup)
+    return config.lr * min((step + 1) / config.warmup, left)
+
+
+# ------------------------------------------------------------------------------------------------
+# The lesson: hard negatives
+
+
+def mine_hard_negatives(query, document, nearest, margin=1.0):
+    """The documents nearest to each query that are wrong, and not likely to be right.
+
+    query, document: (n, E) at unit length; document i is the right one for query i. -> numbers of
+    documents (n, nearest), the hardest first, -1 where one was dropped; and how many were dropped
+    as likely answers: those that score `margin` times the right document's score or more. Copies of
+    the right document are among them."""
+    right = (query * document).sum(1, keepdims=True)  # (n, 1)
+    scores, found = top_k(query, document, nearest + 1)  # one more, as the right one may be there
+    is_right = found == np.arange(len(query))[:, None]
+    likely = ~is_right & (scores >= margin * right)
+    negatives = np.where(is_right | likely, -1, found)
+    kept_first = np.argsort(negatives < 0, axis=1, kind="stable")
+    return np.take_along_axis(negatives, kept_first, axis=1)[:, :nearest], int(likely.sum())
+
+
+def choose_negatives(mined, row, n, rng):
+    """n of a query's mined negatives, drawn at random; random documents where too few are left, as
+    in the released code."""
+    left = mined[row][mined[row] >= 0]
+    if len(left) < n:
+        others = np.setdiff1d(np.arange(len(mined)), [row, *left])
+        left = np.concatenate([left, rng.choice(others, n - len(left), replace=False)])
+    return rng.choice(left, n, replace=False)
+
+
+@torch.no_grad()
+def mine(model, sources, config):
+    """Mines each source with the model that the run begins with: name -> negatives (n, mined).
+
+    They stay in OUT/negatives.npz: a resumed run, whose model has moved on, needs the same ones."""
+    path = Path(config.out, "negatives.npz")
+    if common.is_first() and not path.is_file():
+        mined = {}
+        for source in sources:
+            lengths = {"query": config.query_tokens, "document": config.document_tokens}
+            query, document = (
+                embed(model, source.texts(side, range(len(source)), n), config.micro_batch_tokens)
+                for side, n in lengths.items()
+            )
+            found = mine_hard_negatives(
+                query.cpu().numpy(), document.cpu().numpy(), config.mined, config.margin
+            )
+            mined[source.name], dropped = found
+            kept = (mined[source.name] >= 0).sum() / len(source)
+            print(
+                f"{source.name}: {kept:.1f} negatives mined for each query; {dropped:,} near misses"
+            )
+            print("  scored as high as the right document and were dropped as likely answers")
+        common.replace(path, lambda temporary: np.savez(open(temporary, "wb"), **mined))
+    common.wait_for_all()
+    return dict(np.load(path))
+
+
+# ------------------------------------------------------------------------------------------------
+# The lesson: Matryoshka embeddings (Kusupati et al., arXiv 2205.13147)
+
+
+def matryoshka_sizes(hidden_size):
+    """64, 128, 256 and 512 as far as they are smaller, and the full size (v1.5, of 768)."""
+    return [size for size in (64, 128, 256, 512) if size < hidden_size] + [hidden_size]
+
+
+def matryoshka_loss(query, document, temperature, first, sizes):
+    """InfoNCE of the first dimensions, for each of the sizes, all with weight 1: so the beginning
+    of an embedding becomes one. (v1.5 takes off each embedding's mean before, as well.)"""
+    loss = 0.0
+    for size in sizes:
+        q, d = F.normalize(query[:, :size], dim=-1), F.normalize(document[:, :size], dim=-1)
+        loss = loss + info_nce(q, d, temperature, first)
+    return loss
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def main(arguments):
+    config, origin = read_options(Config, arguments, PRESETS)
+    if config.check:
+        return check_stage(main, arguments, config)
+    rank, world, device = common.start_processes(config.batch_size)
+    common.make_default_data(config.data)
+    model = common.open_encoder(config, origin, device)
+    sources = store.open_sources(f"{config.data}/stage3", model.tokenizer)
+    batches = store.PairBatches(sources, config.batch_size, config.seed)
+    dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
+    optimizer = common.adamw(model, config, betas=(0.9, 0.999), eps=1e-8)
+    start = common.begin(config, origin, model, optimizer)
+    mined = mine(model, sources, config) if config.negatives else {}
+    sizes = matryoshka_sizes(model.config.hidden_size)[0 if config.matryoshka else -1 :]
+
+    share = config.batch_size // world  # pairs of this process
+    for step in (bar := common.steps(start, config)):
+        began = time.perf_counter()
+        batch = 0 if config.overfit else step
+        source, rows = batches.at(batch)
+        rows = rows[rank * share : (rank + 1) * share]
+        documents = [rows]  # the right ones, then the wrong ones
+        for row in rows if config.negatives else ():
+            rng = np.random.default_rng([config.seed, batch, row])
+            documents.append(choose_negatives(mined[source.name], row, config.negatives, rng))
+        texts = source.texts("query", rows, config.query_tokens)
+        texts += source.texts("document", np.concatenate(documents), config.document_tokens)
+
+        def loss_of(embeddings):  # (2 * share + share * negatives, E)
+            query, document, negative = embeddings.tensor_split([share, 2 * share])
+            candidates = torch.cat((gather(document), gather(negative)))  # of all processes
+            loss = matryoshka_loss(query, candidates, config.temperature, rank * share, sizes)
+            return loss / config.batch_size  # this process's part of the mean over the batch
+
+        optimizer.zero_grad(set_to_none=True)
+        loss = backpropagate(model, texts, loss_of, config)
+        common.sum_gradients(model)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        lr = common.set_lr(optimizer, learning_rate(step, config))
+        optimizer.step()
+        seconds, done = time.perf_counter() - began, step + 1
+
+        saves = done % config.save_every == 0 or done in (config.steps, config.stop_after)
+        if done % config.log_every == 0 or saves:
+            loss = common.finite(common.sum_over_processes(loss), done, config)
+            tokens = int(common.sum_over_processes(sum(map(len, texts))))
+            record = {"step": done, "loss": loss, "lr": lr, "tokens": tokens}
+            record |= {"tokens_per_second": tokens / seconds, "gradient_norm": norm.item()}
+            sample = ""
+            if done % config.eval_every == 0 or done == config.steps:
+                scores, sample = dev_scores(model, dev, config.trained_length)
+                record |= scores
+            common.log(config, bar, {**record, "source": source.name}, sample)
+        if saves:
+            common.save(config, model, optimizer, done)
+
+
+if __name__ == "__main__":
+    run(main)
