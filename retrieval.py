@@ -1,0 +1,165 @@
+"""Retrieval: what it is to find a document, and how well it was found.
+
+A task is queries, a pool of documents, and which documents answer which query. A model embeds both,
+and each query ranks the pool by cosine. Three numbers, each from 0 to 1, say how early the right
+document comes:
+
+    recall@10   is it among the first ten?
+    MRR@10      1 / rank, or 0 beyond ten
+    nDCG@10     1 / log2(1 + rank), or 0 beyond ten; of several right ones, their sum over the best
+
+Lexical search (BM25) needs no training and is hard to beat, so no table goes without it.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from options import InputError
+
+# ------------------------------------------------------------------------------------------------
+# Metrics. ranking: numbers of documents, best first; relevant: number of a document -> its grade
+
+
+def recall(ranking, relevant, k=10):
+    """The share of the relevant documents that stand among the first k."""
+    return sum(document in relevant for document in ranking[:k]) / len(relevant)
+
+
+def mrr(ranking, relevant, k=10):
+    """Reciprocal rank: 1 / rank of the first relevant document, 0 if none is among the first k."""
+    ranks = [i + 1 for i, document in enumerate(ranking[:k]) if document in relevant]
+    return 1 / ranks[0] if ranks else 0.0
+
+
+def ndcg(ranking, relevant, k=10):
+    """Normalised discounted cumulative gain: sum of grade / log2(1 + rank), over the largest sum
+    that any ranking could have."""
+    gain = [relevant.get(document, 0) for document in ranking[:k]]
+    best = sorted(relevant.values(), reverse=True)[:k]
+
+    def discounted(grades):
+        return sum(grade / math.log2(2 + i) for i, grade in enumerate(grades))
+
+    return discounted(gain) / discounted(best)
+
+
+METRICS = {"nDCG@10": ndcg, "MRR@10": mrr, "recall@10": recall}
+
+
+def summary(values):
+    """Mean and standard error."""
+    values = np.asarray(values, float)
+    return {"mean": values.mean(), "error": values.std(ddof=1) / math.sqrt(len(values))}
+
+
+# ------------------------------------------------------------------------------------------------
+# Retrieval
+
+
+class Retrieval:
+    """One split of a task in the BEIR layout, with its task prefixes from meta.json."""
+
+    def __init__(self, folder, split, pool=None, queries=None):
+        """pool, queries: for a quick look, so many documents (with all relevant ones) and queries.
+
+        Raises InputError where the folder is not a task."""
+        folder = Path(folder)
+        self.name = folder.name
+        try:
+            self.prefixes = json.loads((folder / "meta.json").read_text())["prefixes"]
+            documents, asked = (
+                {row["_id"]: row["text"] for row in map(json.loads, open(path, encoding="utf-8"))}
+                for path in (folder / "corpus.jsonl", folder / "queries.jsonl")
+            )
+            lines = (folder / "qrels" / f"{split}.tsv").read_text("utf-8").split("\n")[1:-1]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{folder} is not a retrieval task: {error!r}") from None
+        judged = {}  # query id -> document id -> grade
+        for query, document, grade in (line.split("\t") for line in lines):
+            judged.setdefault(query, {})[document] = int(grade)
+        judged = dict(list(judged.items())[:queries])
+
+        names = list(documents)
+        if pool and pool < len(names):
+            right = {document for relevant in judged.values() for document in relevant}
+            others = np.array([name for name in names if name not in right])
+            drawn = np.random.default_rng(0).permutation(others)[: max(0, pool - len(right))]
+            names = [*right.intersection(names), *drawn]
+            names.sort()
+        number = {name: i for i, name in enumerate(names)}
+        self.documents = [documents[name] for name in names]
+        self.queries = [asked[query] for query in judged]
+        self.relevant = [
+            {number[document]: grade for document, grade in relevant.items()}
+            for relevant in judged.values()
+        ]
+
+    @classmethod
+    def open_all(cls, data, split, **sample):
+        """The retrieval tasks of a data folder, in the order of their names."""
+        folders = sorted(Path(data, "retrieval").glob("*/"))
+        if not folders:
+            raise InputError(f"no retrieval tasks in {data}: python data/pydocs.py makes some")
+        return [cls(folder, split, **sample) for folder in folders]
+
+    def rank(self, model, max_tokens, k=10):
+        """Each query's k best documents (n, k); mean cosine of its right, and of a random one."""
+        query, document = (
+            model.encode([self.prefixes[side] + text for text in texts], max_tokens)
+            for side, texts in (("query", self.queries), ("document", self.documents))
+        )
+        right = [next(iter(relevant)) for relevant in self.relevant]
+        random = np.random.default_rng(0).integers(len(document), size=len(query))
+        cosines = [float((query * document[other]).sum(1).mean()) for other in (right, random)]
+        return top_k(query, document, k)[1], cosines
+
+    def scores(self, rankings):
+        """metric -> its value for each query."""
+        judged = list(zip(rankings, self.relevant, strict=True))
+        return {name: [metric(*pair) for pair in judged] for name, metric in METRICS.items()}
+
+
+def top_k(query, document, k, block=1024):
+    """The k largest inner products of each query, exactly, in blocks of queries.
+
+    query (n, E), document (m, E) -> scores (n, k) and numbers of documents (n, k), best first."""
+    document = torch.from_numpy(document)
+    found = [
+        torch.topk(torch.from_numpy(query[i : i + block]) @ document.T, min(k, len(document)))
+        for i in range(0, len(query), block)
+    ]
+    return torch.cat([f.values for f in found]).numpy(), torch.cat(
+        [f.indices for f in found]
+    ).numpy()
+
+
+def dev_scores(model, tasks, max_tokens):
+    """For the log: nDCG@10 of each task and their mean. For a person: a query and what it finds."""
+    scores = {}
+    for task in tasks:
+        rankings, _ = task.rank(model, max_tokens)
+        scores[f"dev_{task.name}"] = float(np.mean(task.scores(rankings)["nDCG@10"]))
+    found = [
+        ("-> " if i in task.relevant[0] else "   ") + " ".join(task.documents[i].split())[:90]
+        for i in rankings[0, :3]
+    ]
+    sample = "\n    ".join([f"{task.queries[0]} (-> marks the right one)", *found])
+    return {"dev_ndcg": float(np.mean(list(scores.values()))), **scores}, sample
+
+
+def bm25_rank(task, split_identifiers, k=10):
+    """BM25 by the bm25s library, with its defaults. split_identifiers: read_csv is read and csv,
+    as our tokenizer sees it; the stronger baseline on code."""
+    import bm25s
+
+    def tokenize(texts):
+        texts = [text.replace("_", " ") if split_identifiers else text for text in texts]
+        return bm25s.tokenize(texts, show_progress=False)
+
+    index = bm25s.BM25()
+    index.index(tokenize(task.documents), show_progress=False)
+    return index.retrieve(tokenize(task.queries), k=k, show_progress=False)[0]
