@@ -1,0 +1,36 @@
+"""What several tests use: a tokenizer, and a small data folder made by the real script."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from data import prepare, pydocs, store  # noqa: E402
+
+SENTENCES = (
+    "Reads a file, line by line, and returns a list of its words.",
+    "The sum of two numbers is a number; the mean of none is not defined.",
+    "A query and a document belong together if the document answers the query.",
+    "search_query: search_document: classification: clustering:",
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return prepare.train_tokenizer(SENTENCES * 20, vocab_size=300)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A data folder of some hundred pairs: the documentation of numpy, tqdm and tokenizers."""
+    folder = tmp_path_factory.mktemp("data") / "small"
+    pydocs.prepare(pydocs.Options(out=str(folder), core="numpy,tqdm,tokenizers", vocab_size=2048))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_tokenizer(data):
+    return store.load_tokenizer(data)

@@ -1,0 +1,155 @@
+"""InfoNCE and GradCache against their plain twins, and gathering against one process."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+from tiny import tiny_model
+
+from contrastive import Config, embed, gather, grad_cache, info_nce, learning_rate
+from data.store import micro_batches
+
+
+def unit_rows(n, E=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(n, E, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def texts_of(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(5, 300, rng.integers(3, 40)) for _ in range(n)]
+
+
+# ------------------------------------------------------------------------------------------------
+# InfoNCE
+
+
+def test_info_nce_equals_a_loop():
+    query, document = unit_rows(5, seed=1), unit_rows(12, seed=2)
+    expected = 0.0
+    for i in range(5):
+        scores = [math.exp((query[i] @ document[j]).item() / 0.02) for j in range(12)]
+        expected -= math.log(scores[3 + i] / sum(scores))
+    assert info_nce(query, document, 0.02, first=3).item() == pytest.approx(expected)
+
+
+def test_identical_embeddings_give_exactly_ln_n_per_query():
+    same = unit_rows(1).expand(8, -1)
+    assert info_nce(same, same, 0.02).item() / 8 == pytest.approx(math.log(8))
+
+
+def test_the_right_order_gives_almost_no_loss():
+    rows = unit_rows(8)
+    assert info_nce(rows, rows, 0.02).item() / 8 < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------
+# GradCache
+
+
+def loss_of(embeddings):
+    query, document = embeddings.chunk(2)
+    return info_nce(query, document, 0.05) / len(query)
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def whole_batch(texts):
+    model = tiny_model()
+    loss = loss_of(embed(model, texts, 100_000))
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 50, 200, 100_000])
+def test_grad_cache_has_the_gradient_of_the_whole_batch(micro_batch_tokens):
+    texts = texts_of(16)
+    loss, expected = whole_batch(texts)
+    model = tiny_model()
+    cached = grad_cache(model, texts, loss_of, micro_batch_tokens)
+    assert cached.item() == pytest.approx(loss, abs=1e-5)
+    assert torch.allclose(gradients(model), expected, atol=1e-5)
+
+
+def test_plain_accumulation_has_not():
+    """Four small batches are not one large one: their queries miss each other's documents."""
+    texts = texts_of(16)
+    _, expected = whole_batch(texts)
+    model = tiny_model()
+    for i in range(0, 8, 2):
+        (loss_of(embed(model, texts[i : i + 2] + texts[8 + i : 10 + i], 100_000)) / 4).backward()
+    assert (gradients(model) - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+def test_every_text_is_encoded_whatever_the_micro_batches():
+    lengths = [len(text) for text in texts_of(50)]
+    for budget in (1, 64, 10_000):
+        groups = micro_batches(lengths, budget)
+        assert sorted(np.concatenate(groups)) == list(range(50))
+        assert all(len(g) == 1 or sum(lengths[i] for i in g) <= budget for g in groups)
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def gradient_of_share(rank, world, port, ways, results):
+    """What one of `world` processes contributes, for different ways to gather documents."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    query, document = unit_rows(8, seed=1), unit_rows(8, seed=2)
+    transform = torch.eye(16, dtype=torch.float64) + unit_rows(16, seed=3)
+    share = 8 // world
+    mine = slice(rank * share, (rank + 1) * share)
+    for way in ways:
+        weight = transform.clone().requires_grad_()
+        q, d = (
+            F.normalize(query[mine] @ weight, dim=-1),
+            F.normalize(document[mine] @ weight, dim=-1),
+        )
+        if way == "exact":
+            loss = info_nce(q, gather(d), 0.05, first=rank * share) / 8
+        elif way == "without gradient":
+            everyone = gather(d.detach())
+            everyone = torch.cat([everyone[: mine.start], d, everyone[mine.stop :]])
+            loss = info_nce(q, everyone, 0.05, first=rank * share) / 8
+        elif way == "not gathered":
+            loss = info_nce(q, d, 0.05) / 8
+        loss.backward()
+        dist.all_reduce(weight.grad)
+        if rank == 0:
+            results[way] = weight.grad
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_only_gathering_with_gradient_has_the_gradient_of_one_process(world):
+    """Size and direction (cosine) of the gradient over the true one; the table of the README."""
+    query, document = unit_rows(8, seed=1), unit_rows(8, seed=2)
+    weight = (torch.eye(16, dtype=torch.float64) + unit_rows(16, seed=3)).requires_grad_()
+    q, d = F.normalize(query @ weight, dim=-1), F.normalize(document @ weight, dim=-1)
+    (info_nce(q, d, 0.05) / 8).backward()
+    true = weight.grad.flatten()
+
+    ways = ("exact", "without gradient", "not gathered")
+    results = multiprocessing.Manager().dict()
+    port = 20_000 + np.random.default_rng().integers(20_000)
+    multiprocessing.spawn(gradient_of_share, (world, port, ways, results), nprocs=world)
+    found = {way: results[way].flatten() for way in ways}
+    cosine = {way: F.cosine_similarity(found[way], true, dim=0).item() for way in ways}
+    assert torch.allclose(found["exact"], true, rtol=1e-10, atol=1e-14)
+    assert cosine["exact"] > cosine["without gradient"] > cosine["not gathered"]
+    assert cosine["without gradient"] < 0.999
+
+
+def test_the_learning_rate_falls_with_the_inverse_square_root():
+    """2e-4 after 700 steps of warm-up, 4.4e-5 at the end of the paper's 14,316 (sec. 4.2.3)."""
+    config = Config(lr=2e-4, warmup=700, steps=14_316)
+    assert learning_rate(0, config) == pytest.approx(2e-4 / 700)
+    assert learning_rate(699, config) == pytest.approx(2e-4)
+    assert learning_rate(14_315, config) == pytest.approx(4.4e-5, rel=0.01)

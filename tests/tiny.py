@@ -1,0 +1,22 @@
+"""Small things to test with: made here, in a moment, the same at every call."""
+
+import torch
+
+from model import Config, NomicBert
+
+
+def tiny_model(tokenizer=None, cls=NomicBert, **shape):
+    """A model with random weights that computes in float32; trained length 128."""
+    torch.manual_seed(0)
+    values = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    values |= {"intermediate_size": 128, "trained_length": 128, **shape}
+    model = cls(Config(**values))
+    for parameter in model.parameters():  # larger than at the start of training: a sharper test
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    (model if cls is NomicBert else model.bert).tokenizer = tokenizer
+    return model
