@@ -102,8 +102,8 @@ def initialize(module):
 
 
 # ------------------------------------------------------------------------------------------------
-# Attention over packed texts. This is the portable path: it asks only for F.scaled_dot_product_
-# attention, and so for texts of one length at a time.
+# Attention over packed texts. This is the portable path: PyTorch's own attention wants texts of one
+# length, so texts of equal length share a call.
 
 
 def length_groups(cu_seqlens):
@@ -123,7 +123,7 @@ def length_groups(cu_seqlens):
 
 
 def attention(qkv, groups):
-    """softmax(Q K^T / sqrt(D)) V within each text: (N, 3, H, D) -> (N, H, D).
+    """Attention within each text: (N, 3, H, D) -> (N, H, D).
 
     groups: from length_groups, in whose order the tokens stand."""
     outputs = []
@@ -131,9 +131,17 @@ def attention(qkv, groups):
     for (length, texts), part in zip(groups, parts, strict=True):
         part = part.view(texts, length, *part.shape[1:])  # (texts, length, 3, H, D)
         q, k, v = part.permute(2, 0, 3, 1, 4)  # (texts, H, length, D) each
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        outputs.append(mixed.transpose(1, 2).flatten(0, 1))  # (texts * length, H, D)
+        outputs.append(attend(q, k, v).transpose(1, 2).flatten(0, 1))  # (texts * length, H, D)
     return torch.cat(outputs)
+
+
+def attend(q, k, v):
+    """softmax(Q K^T / sqrt(D)) V: (texts, H, length, D) each -> (texts, H, length, D)."""
+    if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # the fused kernel's backward pass is slow in this case: a step takes a third longer with it
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (texts, H, length, length)
+        return scores.softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,52 @@
+"""The README's commands run."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+from conftest import ROOT
+
+# what makes a command of the README small: a handful of steps, little data
+SMALL = {
+    "data/pydocs.py": "--core=numpy,tqdm --vocab-size=2048",
+    "mlm.py": "--steps=3 --batch-size=8",
+    "contrastive.py": "--steps=3 --batch-size=8",
+    "finetune.py": "--steps=3 --batch-size=8",
+    "bench/train.py": "--steps=4",
+}
+
+
+def readme_commands():
+    """Every line of a shell block that starts python or torchrun, without its comment."""
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.split("\n")]
+    lines = [line for line in lines if re.match(r"(\.venv/bin/)?(python|torchrun) ", line)]
+    return [line for line in lines if "DIR" not in line and "-m " not in line]
+
+
+def test_every_command_of_the_readme_runs(tmp_path):
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for folder in ("data", "bench"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    commands = readme_commands()
+    assert len(commands) >= 8
+    for command in commands:
+        script = re.search(r"[\w/]+\.py", command)[0]
+        words = re.sub(r"^(\.venv/bin/)?torchrun", "python -m torch.distributed.run", command)
+        words = re.sub(r"^(\.venv/bin/)?python", sys.executable, words)
+        result = subprocess.run(
+            f"{words} {SMALL.get(script, '')}",
+            shell=True,
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout[-1000:]}\n{result.stderr[-2000:]}"
+
+
+def test_every_file_that_the_readme_names_exists():
+    names = re.findall(r"`([\w/]+\.(?:py|txt|md|sh))`", (ROOT / "README.md").read_text())
+    assert names and all((ROOT / name).is_file() for name in names), names
