@@ -29,7 +29,8 @@ import torch.nn.functional as F
 import common
 from check import check_stage
 from data import store
-from options import read_options, run
+from model import initialize
+from options import InputError, read_options, run
 from retrieval import Retrieval, dev_scores
 
 
@@ -38,6 +39,7 @@ class Config:
     preset: str = "laptop"  # a named set of values: laptop, gpu or paper
     data: str = "out/pydocs"  # a data folder; this one is made where it is missing
     init: str = ""  # a checkpoint to start from, such as out/mlm; empty: random weights
+    keep: str = "embeddings"  # what of INIT: its word embeddings, or all (as the paper)
     out: str = "out/contrastive"  # for the checkpoint and log; an earlier run moves to OUT.previous
     resume: bool = False  # continue the run in OUT from its last checkpoint
     check: bool = False  # train nothing, and examine machine, data and a short run instead
@@ -58,15 +60,15 @@ class Config:
     micro_batch_tokens: int = 16_384  # tokens that go through the model at once, in each process
     tokens_in_memory: int = 65_536  # larger batches, in each process, go through GradCache
 
-    steps: int = 300  # optimizer steps
+    steps: int = 170  # optimizer steps
     lr: float = 3e-3  # peak of the learning rate; small models bear more than large ones
     warmup: int = 30  # steps in which the rate rises
     weight_decay: float = 0.01  # of matrices; norms have none
     clip: float = 1.0  # longest gradient
 
     log_every: int = 10  # steps between lines of the log
-    eval_every: int = 100  # steps between scores on held-out pairs, with an example
-    save_every: int = 100  # steps between checkpoints
+    eval_every: int = 85  # steps between scores on held-out pairs, with an example
+    save_every: int = 85  # steps between checkpoints
     stop_after: int = 0  # leave after this step as if interrupted; --resume goes on (0: never)
     overfit: bool = False  # show the first batch again and again: the loss must fall towards 0
 
@@ -79,6 +81,7 @@ PRESETS = {
         "num_attention_heads": 8,
         "intermediate_size": 2048,
         "trained_length": 512,
+        "keep": "all",
         "batch_size": 2048,
         "query_tokens": 64,
         "document_tokens": 256,
@@ -95,6 +98,7 @@ PRESETS = {
         "num_attention_heads": 12,
         "intermediate_size": 3072,
         "trained_length": 2048,
+        "keep": "all",
         "batch_size": 16_384,
         "query_tokens": 2048,  # the later reader cuts queries at 32 and
         "document_tokens": 2048,  # documents at 256 tokens [code]
@@ -203,6 +207,26 @@ def backpropagate(model, texts, loss_of, config):
 
 
 # ------------------------------------------------------------------------------------------------
+# What to keep of stage 1
+
+
+@torch.no_grad()
+def keep_only_embeddings(model):
+    """Centres the word embeddings, in their initial size, and begins all else anew.
+
+    The paper keeps everything, and so do the presets that train stage 1 for long. After minutes of
+    it the words are worth keeping and the blocks are not: they have learned to blur each token into
+    its neighbours, and all texts into one direction. Fresh blocks hardly move a token, so that the
+    first embedding is a bag of words, which finds things."""
+    words = model.embeddings.word_embeddings.weight.clone()  # (V, C)
+    for layer_norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)):
+        layer_norm.reset_parameters()
+    initialize(model)
+    words -= words.mean(0)
+    model.embeddings.word_embeddings.weight.copy_(words * (0.02 / words.std()))
+
+
+# ------------------------------------------------------------------------------------------------
 
 
 def main(arguments):
@@ -212,6 +236,11 @@ def main(arguments):
     rank, world, device = common.start_processes(config.batch_size)
     common.make_default_data(config.data)
     model = common.open_encoder(config, origin, device)
+    if config.init and config.keep == "embeddings":
+        torch.manual_seed(config.seed)
+        keep_only_embeddings(model)
+    elif config.keep not in ("embeddings", "all"):
+        raise InputError(f"--keep={config.keep}: give embeddings or all")
     sources = store.open_sources(f"{config.data}/stage2", model.tokenizer)
     batches = store.PairBatches(sources, config.batch_size, config.seed)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)

@@ -9,6 +9,7 @@ The metrics are in retrieval.py, masked accuracy is in mlm.py. Everything is mea
 that were held out from all training; results go to out/results.json.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -35,7 +36,7 @@ class Options:
     out: str = "out"  # where the stages' runs are; results.json and pictures go there too
     model: str = ""  # search: a checkpoint directory; empty: the last stage that was trained
     split: str = "test"  # held-out modules to report on: test, or dev while tuning
-    max_tokens: int = 128  # queries and documents are cut to this length
+    max_tokens: int = 96  # queries and documents are cut to this length
     seed: int = 0  # of the random weights
 
 
@@ -232,10 +233,17 @@ class Index:
                 yield score, row["_id"], row["text"]
 
 
+def typed_queries():
+    """What a person types, until an empty line or the end of the input."""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while query := input("search> ").strip():
+            yield query
+
+
 def search(options, query):
     """Prints the ten best documents; without a query, asks for queries until an empty line."""
     index = Index(options.model or last_stage(options.out), options.data, options.max_tokens)
-    for asked in iter(lambda: input("search> "), "") if query is None else [query]:
+    for asked in typed_queries() if query is None else [query]:
         for score, name, text in index.search(asked):
             text = " ".join(text.removeprefix(name).split())
             print(f"{score:.3f}  {name}\n       {text[:90]}")

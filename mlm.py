@@ -52,15 +52,15 @@ class Config:
     batch_size: int = 64  # sequences in a step, over all processes
     micro_batch_tokens: int = 16_384  # tokens that go through the model at once, in each process
 
-    steps: int = 300  # optimizer steps
+    steps: int = 160  # optimizer steps
     lr: float = 2e-3  # peak of the learning rate; small models bear more than large ones
     warmup: float = 0.06  # share of the steps in which the rate rises
     weight_decay: float = 1e-5  # of matrices; norms have none
     beta2: float = 0.98  # of AdamW; beta1 is 0.9
 
     log_every: int = 10  # steps between lines of the log
-    eval_every: int = 100  # steps between scores on held-out text, with an example
-    save_every: int = 100  # steps between checkpoints
+    eval_every: int = 80  # steps between scores on held-out text, with an example
+    save_every: int = 80  # steps between checkpoints
     stop_after: int = 0  # leave after this step as if interrupted; --resume goes on (0: never)
     overfit: bool = False  # show the first batch again and again: the loss must fall towards 0
 

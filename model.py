@@ -259,7 +259,7 @@ class NomicBert(nn.Module):
         texts = [cut(np.array(encoding.ids), max_tokens) for encoding in encodings]
         embeddings = np.empty((len(texts), dims or size), np.float32)
         groups = micro_batches([len(text) for text in texts], micro_batch_tokens) if texts else []
-        for group in tqdm(groups, "encoding", disable=len(groups) < 100, leave=False):
+        for group in tqdm(groups, "encoding", disable=len(groups) < 100 or None, leave=False):
             full = self.embed(*pack([texts[i] for i in group], self.device))
             embeddings[group] = F.normalize(full[:, :dims], dim=-1).cpu()
         return embeddings

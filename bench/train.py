@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -58,7 +58,10 @@ def main(arguments):
     vocab_size = store.load_tokenizer(options.data).get_vocab_size()
     dtype = fast_dtype(torch.device("cpu"))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}\n")
-    print(f"{'stage':12}{'tokens/s':>10}{'MFLOP/token':>13}{'GFLOP/s':>9}{'of measured':>13}{'share':>7}")
+    print(
+        f"{'stage':12}{'tokens/s':>10}{'MFLOP/token':>13}{'GFLOP/s':>9}"
+        f"{'of measured':>13}{'share':>7}"
+    )
     for stage in (mlm, contrastive, finetune):
         config = stage.Config(data=options.data)
         rate = matrix_rate(config, vocab_size, dtype)

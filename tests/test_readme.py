@@ -44,7 +44,9 @@ def test_every_command_of_the_readme_runs(tmp_path):
             capture_output=True,
             text=True,
         )
-        assert result.returncode == 0, f"{command}\n{result.stdout[-1000:]}\n{result.stderr[-2000:]}"
+        assert result.returncode == 0, (
+            f"{command}\n{result.stdout[-1000:]}\n{result.stderr[-2000:]}"
+        )
 
 
 def test_every_file_that_the_readme_names_exists():

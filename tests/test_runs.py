@@ -35,7 +35,9 @@ def train(stage, data, out, *options):
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_seed_gives_equal_bits_whatever_the_evaluation_interval(stage, data, tmp_path):
     losses, weights = train(stage, data, tmp_path / "a", "--eval-every=1000")
-    assert (losses, weights) == train(stage, data, tmp_path / "b", "--eval-every=2", "--save-every=1")
+    assert (losses, weights) == train(
+        stage, data, tmp_path / "b", "--eval-every=2", "--save-every=1"
+    )
     assert weights != train(stage, data, tmp_path / "c", "--seed=1")[1]
 
 
@@ -163,7 +165,9 @@ def test_bad_input_is_one_line_that_says_what_to_do(stage, options, message, dat
 
 def test_a_shape_that_contradicts_the_checkpoint_is_refused(data, tmp_path):
     train(mlm, data, tmp_path / "mlm")
-    with pytest.raises(InputError, match="--hidden-size contradicts .* where it is 64: leave it out"):
+    with pytest.raises(
+        InputError, match="--hidden-size contradicts .* where it is 64: leave it out"
+    ):
         train(contrastive, data, tmp_path / "c", f"--init={tmp_path / 'mlm'}", "--hidden-size=128")
 
 
