@@ -37,9 +37,7 @@ class Config:
     preset: str = "laptop"  # a named set of values: laptop, gpu or paper
     data: str = "out/pydocs"  # a data folder; this one is made where it is missing
     init: str = ""  # a checkpoint to start from, such as out/contrastive; empty: random weights
-    out: str = (
-        "out/finetune"  # for the checkpoint and the log; an earlier run moves to OUT.previous
-    )
+    out: str = "out/finetune"  # for the checkpoint and log; an earlier run moves to OUT.previous
     resume: bool = False  # continue the run in OUT from its last checkpoint
     check: bool = False  # train nothing, and examine machine, data and a short run instead
     seed: int = 0  # decides the first weights, the order of the data, and which negatives are drawn

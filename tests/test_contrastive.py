@@ -10,7 +10,15 @@ import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from tiny import tiny_model
 
-from contrastive import Config, embed, gather, grad_cache, info_nce, learning_rate
+from contrastive import (
+    Config,
+    embed,
+    gather,
+    grad_cache,
+    info_nce,
+    keep_only_embeddings,
+    learning_rate,
+)
 from data.store import micro_batches
 
 
@@ -153,3 +161,15 @@ def test_the_learning_rate_falls_with_the_inverse_square_root():
     assert learning_rate(0, config) == pytest.approx(2e-4 / 700)
     assert learning_rate(699, config) == pytest.approx(2e-4)
     assert learning_rate(14_315, config) == pytest.approx(4.4e-5, rel=0.01)
+
+
+def test_keeping_only_the_embeddings_centres_them_and_begins_the_rest_anew():
+    model, trained = tiny_model(), tiny_model()
+    keep_only_embeddings(model)
+    words, before = (m.embeddings.word_embeddings.weight for m in (model, trained))
+    centred = before - before.mean(0)
+    assert torch.allclose(words, centred * (0.02 / centred.std()), atol=1e-6)
+    for name, weight in model.encoder.named_parameters():
+        fresh = {"norm1.weight": 1.0, "norm2.weight": 1.0, "bias": 0.0}
+        values = [value for ending, value in fresh.items() if name.endswith(ending)]
+        assert (weight == values[0]).all() if values else abs(weight.std() - 0.02) < 0.002, name

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_model
 
+from attention import attention
 from data.store import pack
-from model import Config, NomicBert, NomicBertForMaskedLM, attention, mean_pool
+from model import Config, NomicBert, NomicBertForMaskedLM, mean_pool
 from options import InputError
 
 # ------------------------------------------------------------------------------------------------

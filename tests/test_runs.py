@@ -153,6 +153,7 @@ def test_both_spellings_and_powers_of_ten_are_understood():
         (contrastive, ["--init=nowhere"], "there is no checkpoint directory nowhere"),
         (contrastive, ["--batch-size=1000000"], "the largest source has"),
         (contrastive, ["--document-tokens=999"], "beyond the 128 tokens"),
+        (contrastive, ["--keep=some"], "give embeddings or all"),
         (finetune, ["--resume"], "there is no"),
     ],
 )
