@@ -28,10 +28,18 @@ from options import InputError, inherit
 # Processes
 
 
-def start_processes(batch_size):
+MAY_BE_ZERO = ("seed", "warmup", "stop_after", "negatives", "tokens_in_memory")
+
+
+def start_processes(config):
     """Joins the processes that torchrun started. Returns (rank, world size, device).
 
-    Batch sizes are global: raises InputError where this one does not divide among the processes."""
+    Raises InputError for numbers out of range. Batch sizes are global: this one has to divide among
+    the processes."""
+    for key, value in asdict(config).items():
+        if type(value) is int and value < (key not in MAY_BE_ZERO):
+            least, key = int(key not in MAY_BE_ZERO), key.replace("_", "-")
+            raise InputError(f"--{key}={value}: give {least} or more")
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return 0, 1, torch.device("cuda" if cuda else "cpu")
@@ -41,8 +49,8 @@ def start_processes(batch_size):
     if cuda:
         torch.cuda.set_device(device)
     world = dist.get_world_size()
-    if batch_size % world:
-        raise InputError(f"--batch-size={batch_size} does not divide among {world} processes")
+    if config.batch_size % world:
+        raise InputError(f"--batch-size={config.batch_size} does not divide by {world} processes")
     return dist.get_rank(), world, device
 
 

@@ -47,7 +47,7 @@ class Config:
     precision: str = "auto"  # of the activations: bf16, float32, or auto: bf16 where it is fast
 
     hidden_size: int = 256  # C; this and the next five come from the checkpoint where there is one
-    num_hidden_layers: int = 2  # transformer blocks
+    num_hidden_layers: int = 1  # transformer blocks; more than one pays with more time
     num_attention_heads: int = 4  # H; the paper's heads have 64 features too
     intermediate_size: int = 512  # width of the feed-forward layers
     rope_base: float = 1000.0  # sec. 3.4
@@ -60,15 +60,15 @@ class Config:
     micro_batch_tokens: int = 16_384  # tokens that go through the model at once, in each process
     tokens_in_memory: int = 65_536  # larger batches, in each process, go through GradCache
 
-    steps: int = 170  # optimizer steps
+    steps: int = 300  # optimizer steps
     lr: float = 3e-3  # peak of the learning rate; small models bear more than large ones
     warmup: int = 30  # steps in which the rate rises
     weight_decay: float = 0.01  # of matrices; norms have none
     clip: float = 1.0  # longest gradient
 
     log_every: int = 10  # steps between lines of the log
-    eval_every: int = 85  # steps between scores on held-out pairs, with an example
-    save_every: int = 85  # steps between checkpoints
+    eval_every: int = 100  # steps between scores on held-out pairs, with an example
+    save_every: int = 100  # steps between checkpoints
     stop_after: int = 0  # leave after this step as if interrupted; --resume goes on (0: never)
     overfit: bool = False  # show the first batch again and again: the loss must fall towards 0
 
@@ -118,7 +118,8 @@ PRESETS = {
 def learning_rate(step, config):
     """Rises linearly for `warmup` steps, then falls with the inverse square root of the step (the
     later code: cosine)."""
-    return config.lr * min((step + 1) / config.warmup, (config.warmup / (step + 1)) ** 0.5)
+    warmup = max(1, config.warmup)
+    return config.lr * min((step + 1) / warmup, (warmup / (step + 1)) ** 0.5)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
     if config.check:
         return check_stage(main, arguments, config)
-    rank, world, device = common.start_processes(config.batch_size)
+    rank, world, device = common.start_processes(config)
     common.make_default_data(config.data)
     model = common.open_encoder(config, origin, device)
     if config.init and config.keep == "embeddings":

@@ -28,7 +28,7 @@ import common
 from check import check_stage
 from contrastive import backpropagate, embed, gather, info_nce
 from data import store
-from options import read_options, run
+from options import InputError, read_options, run
 from retrieval import Retrieval, dev_scores, top_k
 
 
@@ -44,7 +44,7 @@ class Config:
     precision: str = "auto"  # of the activations: bf16, float32, or auto: bf16 where it is fast
 
     hidden_size: int = 256  # C; this and the next five come from the checkpoint where there is one
-    num_hidden_layers: int = 2  # transformer blocks
+    num_hidden_layers: int = 1  # transformer blocks; more than one pays with more time
     num_attention_heads: int = 4  # H; the paper's heads have 64 features too
     intermediate_size: int = 512  # width of the feed-forward layers
     rope_base: float = 1000.0  # sec. 3.4
@@ -61,15 +61,15 @@ class Config:
     micro_batch_tokens: int = 16_384  # tokens that go through the model at once, in each process
     tokens_in_memory: int = 65_536  # larger batches, in each process, go through GradCache
 
-    steps: int = 60  # optimizer steps
+    steps: int = 80  # optimizer steps
     lr: float = 1e-3  # peak of the learning rate
-    warmup: int = 6  # steps in which the rate rises
+    warmup: int = 8  # steps in which the rate rises
     weight_decay: float = 0.01  # of matrices; norms have none
     clip: float = 1.0  # longest gradient
 
     log_every: int = 10  # steps between lines of the log
-    eval_every: int = 30  # steps between scores on held-out pairs, with an example
-    save_every: int = 30  # steps between checkpoints
+    eval_every: int = 40  # steps between scores on held-out pairs, with an example
+    save_every: int = 40  # steps between checkpoints
     stop_after: int = 0  # leave after this step as if interrupted; --resume goes on (0: never)
     overfit: bool = False  # show the first batch again and again: the loss must fall towards 0
 
@@ -120,7 +120,7 @@ PRESETS = {
 def learning_rate(step, config):
     """Rises linearly for `warmup` steps, then falls linearly to 0."""
     left = (config.steps - step) / max(1, config.steps - config.warmup)
-    return config.lr * min((step + 1) / config.warmup, left)
+    return config.lr * min((step + 1) / max(1, config.warmup), left)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -146,10 +146,10 @@ def mine_hard_negatives(query, document, nearest, margin=1.0):
 def choose_negatives(mined, row, n, rng):
     """n of a query's mined negatives, drawn at random; random documents where too few are left, as
     in the released code."""
-    left = mined[row][mined[row] >= 0]
-    if len(left) < n:
-        others = np.setdiff1d(np.arange(len(mined)), [row, *left])
-        left = np.concatenate([left, rng.choice(others, n - len(left), replace=False)])
+    left = mined[row][mined[row] >= 0].tolist()
+    while len(left) < n:
+        other = int(rng.integers(len(mined)))
+        left += [other] if other not in (row, *left) else []
     return rng.choice(left, n, replace=False)
 
 
@@ -207,11 +207,14 @@ def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
     if config.check:
         return check_stage(main, arguments, config)
-    rank, world, device = common.start_processes(config.batch_size)
+    rank, world, device = common.start_processes(config)
     common.make_default_data(config.data)
     model = common.open_encoder(config, origin, device)
     sources = store.open_sources(f"{config.data}/stage3", model.tokenizer)
     batches = store.PairBatches(sources, config.batch_size, config.seed)
+    if config.negatives >= min(map(len, sources)):
+        fewest = min(map(len, sources))
+        raise InputError(f"--negatives={config.negatives}: the smallest source has {fewest} rows")
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
     optimizer = common.adamw(model, config, betas=(0.9, 0.999), eps=1e-8)
     start = common.begin(config, origin, model, optimizer)

@@ -42,7 +42,7 @@ class Config:
     precision: str = "auto"  # of the activations: bf16, float32, or auto: bf16 where it is fast
 
     hidden_size: int = 256  # C
-    num_hidden_layers: int = 2  # transformer blocks
+    num_hidden_layers: int = 1  # transformer blocks; more than one pays with more time
     num_attention_heads: int = 4  # H; the paper's heads have 64 features too
     intermediate_size: int = 512  # width of the feed-forward layers
     rope_base: float = 1000.0  # sec. 3.4
@@ -52,15 +52,15 @@ class Config:
     batch_size: int = 64  # sequences in a step, over all processes
     micro_batch_tokens: int = 16_384  # tokens that go through the model at once, in each process
 
-    steps: int = 160  # optimizer steps
+    steps: int = 200  # optimizer steps
     lr: float = 2e-3  # peak of the learning rate; small models bear more than large ones
     warmup: float = 0.06  # share of the steps in which the rate rises
     weight_decay: float = 1e-5  # of matrices; norms have none
     beta2: float = 0.98  # of AdamW; beta1 is 0.9
 
     log_every: int = 10  # steps between lines of the log
-    eval_every: int = 80  # steps between scores on held-out text, with an example
-    save_every: int = 80  # steps between checkpoints
+    eval_every: int = 100  # steps between scores on held-out text, with an example
+    save_every: int = 100  # steps between checkpoints
     stop_after: int = 0  # leave after this step as if interrupted; --resume goes on (0: never)
     overfit: bool = False  # show the first batch again and again: the loss must fall towards 0
 
@@ -190,7 +190,7 @@ def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
     if config.check:
         return check_stage(main, arguments, config)
-    rank, world, device = common.start_processes(config.batch_size)
+    rank, world, device = common.start_processes(config)
     common.make_default_data(config.data)
 
     tokenizer = store.load_tokenizer(config.data)
