@@ -53,7 +53,7 @@ class Config:
     negatives: int = 1  # hard negatives of a query in a step, drawn from those mined; 0: none
     mined: int = 20  # documents nearest to a query, among which its negatives are sought
     margin: float = 1.0  # at this share of the right document's score, a near miss is an answer
-    batch_size: int = 256  # pairs in a step, over all processes
+    batch_size: int = 512  # pairs in a step, over all processes
     query_tokens: int = 48  # queries are cut to this length
     document_tokens: int = 64  # documents are cut to this length
     temperature: float = 0.02  # divides the cosines: a logit scale of 50, fixed [code]
@@ -61,15 +61,15 @@ class Config:
     micro_batch_tokens: int = 16_384  # tokens that go through the model at once, in each process
     tokens_in_memory: int = 65_536  # larger batches, in each process, go through GradCache
 
-    steps: int = 80  # optimizer steps
+    steps: int = 50  # optimizer steps
     lr: float = 1e-3  # peak of the learning rate
-    warmup: int = 8  # steps in which the rate rises
+    warmup: int = 5  # steps in which the rate rises
     weight_decay: float = 0.01  # of matrices; norms have none
     clip: float = 1.0  # longest gradient
 
     log_every: int = 10  # steps between lines of the log
-    eval_every: int = 40  # steps between scores on held-out pairs, with an example
-    save_every: int = 40  # steps between checkpoints
+    eval_every: int = 25  # steps between scores on held-out pairs, with an example
+    save_every: int = 25  # steps between checkpoints
     stop_after: int = 0  # leave after this step as if interrupted; --resume goes on (0: never)
     overfit: bool = False  # show the first batch again and again: the loss must fall towards 0
 
