@@ -16,6 +16,7 @@ STYLE = {
     "grid.alpha": 0.3,
     "font.size": 9,
     "legend.frameon": False,
+    "lines.linewidth": 1,
 }
 
 
@@ -46,7 +47,8 @@ def plot_all(out):
 
 
 def draw_curves(logs):
-    """Training loss and the held-out score of each stage, against minutes of training."""
+    """Training loss and the held-out score of each stage. The loss of a batch depends much on the
+    source that it is from, so that each source has a line of its own."""
     titles = {
         "mlm": "1. masked words",
         "contrastive": "2. weak pairs",
@@ -54,7 +56,13 @@ def draw_curves(logs):
     }
     figure, axes = plt.subplots(1, len(logs), figsize=(3.6 * len(logs), 3), squeeze=False)
     for axis, (stage, log) in zip(axes[0], logs.items(), strict=True):
-        axis.plot([r["step"] for r in log], [r["loss"] for r in log], color=BLUE, lw=1)
+        sources = list(dict.fromkeys(record.get("source") for record in log))
+        for source in sources:
+            own = [r for r in log if r.get("source") == source]
+            shade = BLUE if len(sources) == 1 else None
+            axis.plot([r["step"] for r in own], [r["loss"] for r in own], color=shade, label=source)
+        if len(sources) > 1:
+            axis.legend(fontsize=6, loc="upper right")
         axis.set(title=titles[stage], xlabel="step")
         axis.set_ylabel("training loss", color=BLUE)
         metric = "dev_accuracy" if stage == "mlm" else "dev_ndcg"
@@ -64,7 +72,7 @@ def draw_curves(logs):
             [r["step"] for r in scored], [r[metric] for r in scored], "o-", color=ORANGE, ms=4
         )
         right.set_ylabel("masked accuracy, dev" if stage == "mlm" else "nDCG@10, dev", color=ORANGE)
-        right.set_ylim(bottom=0)
+        right.set_ylim(0, 1.6 * max(r[metric] for r in scored))
         right.grid(False)
     return figure
 
