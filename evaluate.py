@@ -36,7 +36,7 @@ class Options:
     out: str = "out"  # where the stages' runs are; results.json and pictures go there too
     model: str = ""  # search: a checkpoint directory; empty: the last stage that was trained
     split: str = "test"  # held-out modules to report on: test, or dev while tuning
-    max_tokens: int = 96  # queries and documents are cut to this length
+    max_tokens: int = 128  # queries and documents are cut to this length
     seed: int = 0  # of the random weights
 
 

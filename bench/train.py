@@ -33,7 +33,7 @@ class Options:
     steps: int = 12  # of each stage; the first two do not count
 
 
-def matrix_rate(config, vocab_size, dtype, N=8192, seconds=1.0):
+def matrix_rate(config, dtype, N=8192, seconds=1.0):
     """Operations per second of the matrix products of one layer, (N, C) x (C, 3C) and so on."""
     C, inner = config.hidden_size, config.intermediate_size
     shapes = [(C, 3 * C), (C, C), (C, inner), (C, inner), (inner, C)]
@@ -64,7 +64,7 @@ def main(arguments):
     )
     for stage in (mlm, contrastive, finetune):
         config = stage.Config(data=options.data)
-        rate = matrix_rate(config, vocab_size, dtype)
+        rate = matrix_rate(config, dtype)
         with tempfile.TemporaryDirectory() as folder:
             steps = [f"--steps={options.steps}", f"--out={folder}/run", f"--data={options.data}"]
             stage.main([*steps, "--log-every=1", "--eval-every=1000000"])

@@ -14,7 +14,7 @@ SMALL = {
     "contrastive.py": "--steps=3 --batch-size=8",
     "finetune.py": "--steps=3 --batch-size=8",
     "bench/train.py": "--steps=4",
-    "bench/ablations.py": "--seeds=1 --scale=0.001 --rows=without stage 3",
+    "bench/ablations.py": "--seeds=1 --scale=0.001 --rows='without stage 3'",
 }
 
 
