@@ -47,7 +47,7 @@ class Config:
     precision: str = "auto"  # of the activations: bf16, float32, or auto: bf16 where it is fast
 
     hidden_size: int = 256  # C; this and the next five come from the checkpoint where there is one
-    num_hidden_layers: int = 1  # transformer blocks; more than one pays with more time
+    num_hidden_layers: int = 1  # transformer blocks
     num_attention_heads: int = 4  # H; the paper's heads have 64 features too
     intermediate_size: int = 512  # width of the feed-forward layers
     rope_base: float = 1000.0  # sec. 3.4
@@ -216,9 +216,9 @@ def keep_only_embeddings(model):
     """Centres the word embeddings, in their initial size, and begins all else anew.
 
     The paper keeps everything, and so do the presets that train stage 1 for long. After minutes of
-    it the words are worth keeping and the blocks are not: they have learned to blur each token into
-    its neighbours, and all texts into one direction. Fresh blocks hardly move a token, so that the
-    first embedding is a bag of words, which finds things."""
+    it, blocks that are kept made stage 2 worse than random weights did, and words that are kept did
+    not (README, What each stage adds). Why is a guess: fresh blocks hardly move a token, so that
+    the first embedding is a bag of words, which already finds things."""
     words = model.embeddings.word_embeddings.weight.clone()  # (V, C)
     for layer_norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)):
         layer_norm.reset_parameters()

@@ -44,7 +44,7 @@ class Config:
     precision: str = "auto"  # of the activations: bf16, float32, or auto: bf16 where it is fast
 
     hidden_size: int = 256  # C; this and the next five come from the checkpoint where there is one
-    num_hidden_layers: int = 1  # transformer blocks; more than one pays with more time
+    num_hidden_layers: int = 1  # transformer blocks
     num_attention_heads: int = 4  # H; the paper's heads have 64 features too
     intermediate_size: int = 512  # width of the feed-forward layers
     rope_base: float = 1000.0  # sec. 3.4

@@ -5,7 +5,7 @@
 Useful floating-point operations of a token, forward and backward, are counted from the shapes:
 6 for each weight of a matrix that it passes, and 12 * C * L for attention among L tokens in each
 layer; in stage 1 the head, for the share of tokens that are masked. The rate to compare with is
-measured at the same shapes, in the same type, in the same run.
+that of the products of one layer (the head's are not in it), in the same type and the same run.
 """
 
 import json
