@@ -15,7 +15,7 @@ demo: .venv/installed
 	$(BIN)/python evaluate.py plot
 	$(BIN)/python evaluate.py search "how do I read a csv file"
 
-test: .venv/installed
+test: .venv/installed .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests
@@ -24,6 +24,10 @@ test: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-extra.txt
 	touch .venv/installed
+
+.venv/installed-for-tests: .venv/installed requirements-test.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-test.txt
+	touch .venv/installed-for-tests
 
 clean:
 	rm -rf out .venv

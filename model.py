@@ -26,9 +26,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import checkpoint
+import export
 from attention import attention, length_groups
-from checkpoint import load_weights, read_checkpoint, write_checkpoint
-from data.store import cut, load_tokenizer, micro_batches, pack
+from checkpoint import MAX_TOKENS
+from data.store import cut, micro_batches, pack
 from options import InputError
 from rope import Rope, rope_angles, rotate
 
@@ -48,6 +50,7 @@ class Config:
     trained_length: int = 2048  # tokens; RoPE scales beyond
     rope_scaling: str = "dynamic"
     rope_factor: float = 2.0
+    mlm_head_bias: bool = False  # transformers' own head has biases, the published one has none
 
     @property
     def head_size(self):
@@ -78,13 +81,14 @@ def choose_dtype(precision, device):
 
 
 class Linear(nn.Linear):
-    """x W^T in the type of x. No bias."""
+    """x W^T in the type of x. No bias, but in the MLM head of some checkpoints."""
 
-    def __init__(self, in_features, out_features):
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features, out_features, bias=False):
+        super().__init__(in_features, out_features, bias=bias)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -182,6 +186,7 @@ class NomicBert(nn.Module):
         )
         self.dtype = torch.float32  # of the activations
         self.tokenizer = None  # for `encode` and `save_pretrained`
+        self.layer_norm = False  # of embeddings, before their first dimensions are taken: see embed
         initialize(self)
 
     @property
@@ -203,67 +208,64 @@ class NomicBert(nn.Module):
             x = layer(x, cos, sin, groups)
         return x if order is None else torch.empty_like(x).index_copy(0, order, x)
 
-    def embed(self, tokens, cu_seqlens):
-        """The mean of each text's hidden states at unit length (sec. 3.1): (B, C) float32."""
-        return F.normalize(mean_pool(self(tokens, cu_seqlens), cu_seqlens), dim=-1)
+    def embed(self, tokens, cu_seqlens, dims=None):
+        """The mean of each text's hidden states at unit length (sec. 3.1): (B, dims) float32.
+
+        dims: the first dimensions only (Matryoshka). nomic-embed-text-v1.5 takes off the mean of an
+        embedding's dimensions first, by a LayerNorm without weights: `layer_norm` does so."""
+        x = mean_pool(self(tokens, cu_seqlens), cu_seqlens)  # (B, C)
+        if self.layer_norm:
+            x = F.layer_norm(x, x.shape[1:])
+        return F.normalize(x[:, :dims], dim=-1)
 
     @torch.no_grad()
-    def encode(self, texts, max_tokens=8192, dims=None, micro_batch_tokens=8192):
+    def encode(self, texts, max_tokens=MAX_TOKENS, dims=None, micro_batch_tokens=8192):
         """Embeddings of a list of strings, in its order: (n, dims) float32 numpy, unit length.
 
         A task prefix such as "search_query: " is part of the text. Texts are cut to max_tokens;
         beyond the trained length RoPE scales as `self.rope` says. dims: the first dimensions only,
-        of a model trained with Matryoshka; None is all. Raises InputError for dims out of range."""
+        of a model trained with Matryoshka; None is all. Raises InputError for dims out of range, a
+        string in place of a list, a model without tokenizer."""
         size = self.config.hidden_size
         if dims is not None and not 0 < dims <= size:
             raise InputError(f"dims={dims}: embeddings of this model have {size} dimensions")
+        if isinstance(texts, str):
+            raise InputError("encode takes a list of texts: write [text]")
+        if self.tokenizer is None:
+            raise InputError("there was no tokenizer.json beside the model: set model.tokenizer")
         encodings = self.tokenizer.encode_batch_fast(list(texts))
         texts = [cut(np.array(encoding.ids), max_tokens) for encoding in encodings]
         embeddings = np.empty((len(texts), dims or size), np.float32)
         groups = micro_batches([len(text) for text in texts], micro_batch_tokens) if texts else []
         for group in tqdm(groups, "encoding", disable=len(groups) < 100 or None, leave=False):
-            full = self.embed(*pack([texts[i] for i in group], self.device))
-            embeddings[group] = F.normalize(full[:, :dims], dim=-1).cpu()
+            tokens, cu_seqlens = pack([texts[i] for i in group], self.device)
+            embeddings[group] = self.embed(tokens, cu_seqlens, dims).cpu()
         return embeddings
 
     @classmethod
-    def from_pretrained(cls, directory, dtype=None):
-        """Opens what `save_pretrained` wrote, with or without the MLM head.
+    def from_pretrained(cls, where, dtype=None, rope_factor=None):
+        """Opens a checkpoint, with or without MLM head: a directory of ours, a published one, one
+        that transformers or SentenceTransformer wrote; or a name on the hub, which is downloaded.
 
-        dtype: of the activations; None is the fast one. Raises InputError for files that are
-        missing, damaged, or do not fit together."""
-        config, weights = read_checkpoint(directory)
-        weights = {name: w for name, w in weights.items() if not name.startswith("cls.")}
-        model = cls(config_from(config))
-        load_weights(model, {n.removeprefix("bert."): w for n, w in weights.items()}, directory)
-        model.tokenizer = tokenizer_for(model, directory)
-        model.dtype = dtype or fast_dtype(model.device)
-        return model
+        dtype: of the activations; None is the fast one. rope_factor: reads texts beyond the trained
+        length with Dynamic NTK and this s, whatever the checkpoint says; the paper takes 2, and the
+        published files leave it open. Raises InputError for files that are missing, damaged, or
+        do not fit together."""
+        return open_model(cls, where, dtype, rope_factor)
 
     def save_pretrained(self, directory):
-        write_checkpoint(directory, self, self.tokenizer, "NomicBertModel")
+        """Writes a directory that AutoModel, AutoTokenizer and SentenceTransformer open."""
+        export.write_checkpoint(directory, self, self, "NomicBertModel")
 
 
 def mean_pool(hidden, cu_seqlens):
     """The mean of each text's hidden states, [CLS], [SEP] and prefix included: (N, C) -> (B, C)."""
     lengths = cu_seqlens.diff()  # (B,)
     text = torch.repeat_interleave(lengths, output_size=len(hidden))  # (N,): the number of its text
-    sums = torch.zeros(len(lengths), hidden.shape[1], device=hidden.device)
-    return sums.index_add(0, text, hidden.float()) / lengths[:, None]
-
-
-def config_from(values):
-    return Config(**{name: values[name] for name in Config.__dataclass_fields__ if name in values})
-
-
-def tokenizer_for(model, directory):
-    tokenizer = load_tokenizer(directory)
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise InputError(
-            f"{directory}/tokenizer.json has {tokenizer.get_vocab_size()} tokens, "
-            f"the model in config.json {model.config.vocab_size}"
-        )
-    return tokenizer
+    # a running sum of 8,192 float32 numbers loses digits, which training does not feel
+    exact = torch.float32 if torch.is_grad_enabled() else torch.float64
+    sums = torch.zeros(len(lengths), hidden.shape[1], dtype=exact, device=hidden.device)
+    return (sums.index_add(0, text, hidden.to(exact)) / lengths[:, None]).float()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -273,18 +275,18 @@ def tokenizer_for(model, directory):
 class Transform(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.dense = Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size, config.mlm_head_bias)
         self.layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x):
-        return self.layer_norm(F.silu(self.dense(x)))  # BERT has GELU and a bias here
+        return self.layer_norm(F.silu(self.dense(x)))  # BERT has GELU here
 
 
 class Predictions(nn.Module):
     def __init__(self, config, word_embeddings):
         super().__init__()
         self.transform = Transform(config)
-        self.decoder = Linear(config.hidden_size, config.vocab_size)
+        self.decoder = Linear(config.hidden_size, config.vocab_size, config.mlm_head_bias)
         initialize(self)
         self.decoder.weight = word_embeddings.weight  # tied
 
@@ -309,18 +311,38 @@ class NomicBertForMaskedLM(nn.Module):
         return self.cls["predictions"](self.bert(tokens, cu_seqlens)[places])
 
     @classmethod
-    def from_pretrained(cls, directory, dtype=None):
-        """Opens what `save_pretrained` wrote. Raises InputError as `NomicBert.from_pretrained`."""
-        config, weights = read_checkpoint(directory)
-        embeddings = weights.get("bert.embeddings.word_embeddings.weight")
-        if embeddings is None:
-            raise InputError(f"{directory} has no MLM head: it is not a checkpoint of stage 1")
-        model = cls(config_from(config))
-        weights["cls.predictions.decoder.weight"] = embeddings
-        load_weights(model, weights, directory)
-        model.bert.tokenizer = tokenizer_for(model, directory)
-        model.bert.dtype = dtype or fast_dtype(model.bert.device)
-        return model
+    def from_pretrained(cls, where, dtype=None, rope_factor=None):
+        """As `NomicBert.from_pretrained`. Raises InputError where there is no MLM head, as well."""
+        return open_model(cls, where, dtype, rope_factor)
 
     def save_pretrained(self, directory):
-        write_checkpoint(directory, self, self.bert.tokenizer, "NomicBertForMaskedLM")
+        """Writes a directory that AutoModelForMaskedLM opens, and those that open an encoder."""
+        export.write_checkpoint(directory, self, self.bert, "NomicBertForMaskedLM")
+
+
+# ------------------------------------------------------------------------------------------------
+# Opening a checkpoint
+
+
+def open_model(cls, where, dtype, rope_factor):
+    """The model of class cls that a directory or a name on the hub holds."""
+    directory = checkpoint.find(where)
+    config = Config(**checkpoint.read_config(directory))
+    weights = checkpoint.read_weights(directory)
+    if rope_factor is not None:
+        config.rope_scaling, config.rope_factor = "dynamic", rope_factor
+    head = {name: weights.pop(name) for name in list(weights) if name.startswith("cls.")}
+    if cls is NomicBertForMaskedLM:
+        weights = {f"bert.{name}": weight for name, weight in weights.items()}
+        weights |= checkpoint.read_head(head, config, weights, directory)
+    with torch.device("meta"):  # shapes without memory, until the weights are known to fit
+        model = cls(config)
+    checkpoint.load_weights(model, weights, directory)
+    encoder = model
+    if cls is NomicBertForMaskedLM:
+        encoder = model.bert
+        model.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight  # tied
+    encoder.tokenizer = checkpoint.read_tokenizer(directory, config.vocab_size)
+    encoder.dtype = dtype or fast_dtype(encoder.device)
+    encoder.layer_norm = checkpoint.read_modules(directory)
+    return model

@@ -41,7 +41,7 @@ class Rope:
 def frequencies(base, head_size):
     """Radians per token of each pair, base ^ (-2i / D): (...,) -> (..., D/2)."""
     exponents = torch.arange(0, head_size, 2, device=base.device, dtype=base.dtype) / head_size
-    return base[..., None] ** -exponents
+    return 1.0 / base[..., None] ** exponents
 
 
 def ntk_base(base, factor, head_size):
@@ -61,17 +61,19 @@ def dynamic_ntk_base(base, length, trained_length, s, head_size):
 def rope_angles(cu_seqlens, N, head_size, rope):
     """The angle of each pair of each token of a packed batch: (B + 1,) -> (N, D/2), in radians.
 
-    Computed once in a forward pass; all layers and heads share it."""
+    Computed once in a forward pass; all layers and heads share it. In float32, and in the order of
+    the published code: at position 8,192 the rounding of a frequency is a thousandth of a radian,
+    and embeddings are to agree with those of others beyond their fifth digit."""
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()  # (B,)
     text = torch.repeat_interleave(lengths, output_size=N)  # (N,): the number of a token's text
     position = torch.arange(N, device=text.device) - starts[text]  # (N,): from 0 in each text
-    base = torch.full_like(lengths, rope.base, dtype=torch.float64)  # (B,)
+    base = torch.full_like(lengths, rope.base, dtype=torch.float32)  # (B,)
     if rope.scaling == "ntk":
         base = ntk_base(base, rope.factor, head_size)
     elif rope.scaling == "dynamic":
-        length = lengths.double()
+        length = lengths.float()
         base = dynamic_ntk_base(base, length, rope.trained_length, rope.factor, head_size)
-    frequency = frequencies(base, head_size).float()  # (B, D/2)
+    frequency = frequencies(base, head_size)  # (B, D/2)
     if rope.scaling == "linear":
         frequency = frequency / rope.factor
     return position[:, None] * frequency[text]

@@ -8,8 +8,9 @@ from model import Config, NomicBert
 def tiny_model(tokenizer=None, cls=NomicBert, **shape):
     """A model with random weights that computes in float32; trained length 128."""
     torch.manual_seed(0)
+    size = tokenizer.get_vocab_size() if tokenizer else 320
     values = {
-        "vocab_size": 320,
+        "vocab_size": -(-size // 64) * 64,
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,

@@ -1,0 +1,272 @@
+"""Our model is theirs: against transformers' own NomicBert and sentence-transformers, as released.
+
+`bench/parity.py` prints these deviations for the whole grid at the published size.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+
+from data.store import pack
+from model import Config, NomicBert, NomicBertForMaskedLM
+
+transformers = pytest.importorskip("transformers")
+sentence_transformers = pytest.importorskip("sentence_transformers")
+transformers.logging.disable_progress_bar()
+
+TEXTS = {
+    "empty": "",
+    "a space": " ",
+    "a letter": "a",
+    "a prompt": "search_query: some words",
+    "unprintable": "\u0000 \n\t",
+    "accents": "naïve café, Ångström, Łódź",
+    "Chinese": "中文字符之间没有空格",
+    "emoji": "done 😀👩‍💻 ok",
+    "code": "np.read_csv(path)[::-1] != None",
+    "unknown words": "qzxjv 🜁 ᚠᛇᚻ",
+    "at the trained length": "word " * 126,
+    "beyond it": "some more words and others " * 120,
+    "cut at 8,192 tokens": "word " * 9000,
+}
+
+
+def theirs(cls, directory):
+    """Their model of our directory: all weights found, none left over."""
+    model, loading = cls.from_pretrained(directory, output_loading_info=True)
+    assert not any(loading.values()), loading
+    return model.eval()
+
+
+def deviation(ours, theirs):
+    """The largest difference, relative to the largest value."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def deviations(model, other, length):
+    """Of hidden states, of pooled embeddings and of MLM scores, for one text of random tokens."""
+    ids = torch.from_numpy(
+        np.random.default_rng(length).integers(5, model.config.vocab_size, length)
+    )
+    tokens, cu_seqlens = pack([ids.numpy()])
+    with torch.no_grad():
+        other.nomic_bert(torch.ones(1, 1, dtype=torch.long))  # they remember the longest text
+        hidden, expected = model.bert(tokens, cu_seqlens), other.nomic_bert(ids[None])[0][0]
+        mean = torch.nn.functional.normalize(expected.mean(0, keepdim=True))
+        some = slice(0, 256)
+        scores = model.cls["predictions"](hidden[some]), other.cls(expected[some])
+        return (
+            deviation(hidden, expected),
+            deviation(model.bert.embed(tokens, cu_seqlens), mean),
+            deviation(*scores),
+        )
+
+
+def both(directory, config):
+    model = tiny_model(cls=NomicBertForMaskedLM, **vars(config))
+    model.save_pretrained(directory)
+    return model, theirs(transformers.AutoModelForMaskedLM, directory)
+
+
+SMALL = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"intermediate_size": 128}
+
+
+@pytest.mark.parametrize("s", [1.0, 2.0, 4.0])
+def test_a_small_model_equals_theirs_up_to_four_times_the_trained_length(tmp_path, s):
+    model, other = both(tmp_path, Config(**SMALL, rope_factor=s))
+    for length in (1, 2, 77, 512, 2048, 2049, 4096, 8192):
+        assert max(deviations(model, other, length)) < 1e-5, length
+
+
+def test_the_published_shape_equals_theirs(tmp_path):
+    torch.manual_seed(0)
+    model = NomicBertForMaskedLM(Config())
+    model.save_pretrained(tmp_path)
+    other = theirs(transformers.AutoModelForMaskedLM, tmp_path)
+    for length in (1, 2, 77, 512, 2049):
+        assert max(deviations(model, other, length)) < 1e-5, length
+
+
+def test_gradients_equal_theirs(tmp_path):
+    """Of a masked-language-model loss, for every weight, by the names that both save it under."""
+    model, other = both(tmp_path, Config(**SMALL))
+    tokens, cu_seqlens = pack([np.random.default_rng(0).integers(5, 320, 77)])
+    places = torch.arange(0, 77, 3)
+    labels = torch.full((1, 77), -100)
+    labels[0, places] = tokens[places]
+    scores = model(tokens, cu_seqlens, places)
+    torch.nn.functional.cross_entropy(scores, tokens[places]).backward()
+    other(tokens[None], labels=labels).loss.backward()
+    layers = zip(model.bert.encoder.layers, other.nomic_bert.layers, strict=True)
+    pairs = [
+        (model.bert.embeddings.word_embeddings, other.nomic_bert.embeddings.word_embeddings),
+        (model.bert.emb_ln, other.nomic_bert.embeddings.LayerNorm),
+        (model.cls.predictions.transform.dense, other.cls.predictions.transform.dense),
+    ]
+    for ours, layer in layers:
+        attention = layer.self_attn
+        thirds = ours.attn.Wqkv.weight.grad.chunk(3)
+        for third, projection in zip(
+            thirds, (attention.q_proj, attention.k_proj, attention.v_proj), strict=True
+        ):
+            assert deviation(third, projection.weight.grad) < 1e-5
+        pairs += [
+            (ours.attn.out_proj, attention.o_proj),
+            (ours.mlp.fc11, layer.mlp.up_proj),
+            (ours.mlp.fc12, layer.mlp.gate_proj),
+            (ours.mlp.fc2, layer.mlp.down_proj),
+            (ours.norm1, layer.post_attention_layernorm),
+            (ours.norm2, layer.post_mlp_layernorm),
+        ]
+    for ours, their in pairs:
+        assert deviation(ours.weight.grad, their.weight.grad) < 1e-5
+
+
+def test_they_scale_by_the_longest_text_and_remember_it_where_we_look_at_each_text(tmp_path):
+    """transformers' Dynamic NTK takes the padded length of the batch, and keeps the largest base
+    until a text below the trained length comes. Ours is a function of the text alone."""
+    model, other = both(tmp_path, Config(**SMALL, trained_length=128))
+    encoder = other.nomic_bert
+    rng = np.random.default_rng(0)
+    short, long = (torch.from_numpy(rng.integers(5, 320, n)) for n in (100, 500))
+    padded = torch.zeros(2, 500, dtype=torch.long)
+    padded[0, :100], padded[1] = short, long
+    mask = torch.arange(500) < torch.tensor([[100], [500]])
+    with torch.no_grad():
+        alone = encoder(short[None])[0][0]
+        together = encoder(padded, attention_mask=mask)[0][0, :100]
+        afterwards = encoder(long[None, :200])[0][0]
+        encoder(short[None])  # below the trained length: the base is reset
+        fresh = encoder(long[None, :200])[0][0]
+        ours = model.bert(*pack([short.numpy(), long.numpy()]))[:100]
+    assert deviation(together, alone) > 1e-3, "another text in the batch changes it"
+    assert deviation(afterwards, fresh) > 1e-3, "a text of the past changes it"
+    assert deviation(ours, alone) < 1e-5, "ours is what theirs is for the text alone"
+
+
+# ------------------------------------------------------------------------------------------------
+# Ours -> disk -> theirs
+
+
+@pytest.fixture(scope="module")
+def ours(data_tokenizer):
+    return tiny_model(data_tokenizer)
+
+
+@pytest.fixture
+def directory(ours, tmp_path):
+    ours.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def one_by_one(model, texts, **options):
+    return np.concatenate([model.encode([text], **options) for text in texts])
+
+
+def test_sentence_transformers_gives_our_embeddings(ours, directory):
+    model = sentence_transformers.SentenceTransformer(str(directory), device="cpu")
+    texts = list(TEXTS.values())
+    np.testing.assert_allclose(one_by_one(model, texts), ours.encode(texts), atol=1e-5)
+    np.testing.assert_allclose(
+        one_by_one(model, texts, truncate_dim=16, normalize_embeddings=True),
+        ours.encode(texts, dims=16),
+        atol=1e-5,
+    )
+
+
+def test_sentence_transformers_knows_the_prefixes(ours, directory):
+    model = sentence_transformers.SentenceTransformer(str(directory), device="cpu")
+    for name in ("query", "document", "classification", "clustering"):
+        before = {"query": "search_query: ", "document": "search_document: "}.get(name, f"{name}: ")
+        expected = ours.encode([before + "some words"])
+        np.testing.assert_allclose(
+            model.encode(["some words"], prompt_name=name), expected, atol=1e-5
+        )
+    np.testing.assert_allclose(
+        model.encode_query(["some words"]), ours.encode(["search_query: some words"]), atol=1e-5
+    )
+    assert model.similarity_fn_name == "cosine"
+
+
+def test_a_layer_norm_before_the_cut_is_kept(ours, tmp_path):
+    model = NomicBert(ours.config)
+    model.load_state_dict(ours.state_dict())
+    model.tokenizer, model.layer_norm = ours.tokenizer, True
+    model.save_pretrained(tmp_path)
+    other = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
+    texts = list(TEXTS.values())[:8]
+    np.testing.assert_allclose(one_by_one(other, texts), model.encode(texts), atol=1e-5)
+    assert abs(model.encode(texts) - ours.encode(texts)).max() > 1e-4
+
+
+def test_auto_classes_open_our_directories(ours, directory, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    for text in TEXTS.values():
+        ids = ours.tokenizer.encode(text).ids[:-1][:8191] + [ours.tokenizer.token_to_id("[SEP]")]
+        assert tokenizer(text, truncation=True)["input_ids"] == ids
+    assert tokenizer.mask_token == "[MASK]" and tokenizer.pad_token_id == 0
+    assert theirs(transformers.AutoModel, directory).config.rope_parameters["factor"] == 2.0
+
+    masked = tiny_model(ours.tokenizer, NomicBertForMaskedLM)
+    masked.save_pretrained(tmp_path / "masked")
+    theirs(transformers.AutoModelForMaskedLM, tmp_path / "masked")
+    trunk = transformers.AutoModel.from_pretrained(tmp_path / "masked")
+    tokens = torch.arange(5, 50)
+    expected = masked.bert(*pack([tokens.numpy()]))
+    assert deviation(expected, trunk(tokens[None])[0][0]) < 1e-5
+    stage1 = sentence_transformers.SentenceTransformer(str(tmp_path / "masked"), device="cpu")
+    np.testing.assert_allclose(
+        stage1.encode(["some words"]), masked.bert.encode(["some words"]), atol=1e-5
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Theirs -> disk -> ours
+
+
+@pytest.mark.parametrize("original_names", [True, False], ids=["published names", "their names"])
+@pytest.mark.parametrize("rope", [None, "default", "linear", "dynamic"])
+def test_we_open_what_transformers_writes(tmp_path, rope, original_names):
+    parameters = rope and {"rope_theta": 500.0, "rope_type": rope}
+    if rope in ("linear", "dynamic"):
+        parameters["factor"] = 3.0
+    shape = {"max_position_embeddings": 128, "rope_parameters": parameters}
+    config = transformers.NomicBertConfig(**SMALL, **shape)
+    torch.manual_seed(0)
+    other = transformers.NomicBertModel(config).eval()
+    other.save_pretrained(tmp_path, save_original_format=original_names)
+    model = NomicBert.from_pretrained(tmp_path, dtype=torch.float32)
+    for length in (1, 100, 300):
+        ids = torch.randint(5, 320, (length,))
+        with torch.no_grad():
+            expected = other(ids[None])[0][0]
+            assert deviation(model(*pack([ids.numpy()])), expected) < 1e-5
+
+
+@pytest.mark.parametrize("original_names", [True, False], ids=["published names", "their names"])
+def test_we_open_their_masked_language_model_with_the_biases_that_it_learned(
+    tmp_path, original_names
+):
+    torch.manual_seed(0)
+    other = transformers.NomicBertForMaskedLM(transformers.NomicBertConfig(**SMALL)).eval()
+    torch.nn.init.normal_(other.cls.predictions.bias)
+    torch.nn.init.normal_(other.cls.predictions.transform.dense.bias)
+    other.save_pretrained(tmp_path / "a", save_original_format=original_names)
+    model = NomicBertForMaskedLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    assert max(deviations(model, other, 50)) < 1e-5
+    model.save_pretrained(tmp_path / "b")
+    again = theirs(transformers.AutoModelForMaskedLM, tmp_path / "b")
+    assert max(deviations(model, again, 50)) < 1e-5
+
+
+def test_we_open_what_sentence_transformers_writes(ours, directory, tmp_path):
+    model = sentence_transformers.SentenceTransformer(str(directory), device="cpu")
+    model.save(str(tmp_path / "theirs"))
+    assert "pooling_mode" in json.loads((tmp_path / "theirs/1_Pooling/config.json").read_text())
+    again = NomicBert.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
+    texts = list(TEXTS.values())
+    np.testing.assert_allclose(again.encode(texts), ours.encode(texts), atol=1e-5)
