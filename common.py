@@ -2,9 +2,11 @@
 
 A run writes into one directory, out/<stage>/:
 
-    config.json, tokenizer.json, model.safetensors   the model, for `NomicBert.from_pretrained`
+    config.json, model.safetensors, tokenizer.json   the model, and what others need to open it
     state.pt                                         weights, optimizer, step: for `--resume`
+    run.json                                         options, sources of data, versions
     log.jsonl                                        an object per logged step
+    README.md                                        the model card, made of these (card.py)
 
 Each file is replaced as a whole: written under another name, then renamed. A kill at any moment
 leaves the old one or the new one. state.pt has all that a resume needs, so that it never has to fit
@@ -138,6 +140,8 @@ def open_encoder(config, origin, device):
     where = config.out if config.resume else config.init
     if where:
         model = NomicBert.from_pretrained(where)
+        if model.tokenizer is None:
+            raise InputError(f"{where} has no tokenizer.json: put that of the data there")
         names = (*SHAPE, "trained_length")
         inherit(config, origin, {name: getattr(model.config, name) for name in names}, where)
     else:
@@ -181,6 +185,8 @@ FREE_AT_RESUME += ("tokens_in_memory", "log_every", "eval_every", "save_every")
 
 def begin(config, origin, model, optimizer):
     """Prints the config and readies OUT. Returns the step to begin with; 0 without --resume."""
+    from card import write_run
+
     for key, value in asdict(config).items():
         print0(f"  {key:20} {value!s:20} {origin[key]}")
     count = sum(p.numel() for p in model.parameters())
@@ -192,6 +198,8 @@ def begin(config, origin, model, optimizer):
         shutil.rmtree(f"{out}.previous", ignore_errors=True)
         os.rename(out, f"{out}.previous")
         print(f"{out} held an earlier run: that is {out}.previous now")
+    if is_first() and not config.resume:
+        write_run(config, origin, model)
     save(config, model, optimizer, step)  # a full disk shows itself now, and not in an hour
     wait_for_all()
     return step
@@ -226,11 +234,14 @@ def load_state(config, model, optimizer):
 
 def save(config, model, optimizer, step):
     """Writes the checkpoint: all that a resume needs, then the model for everybody else."""
+    from card import write_card
+
     if is_first():
         state = {"step": step, "config": asdict(config)}
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         replace(Path(config.out, "state.pt"), lambda path: torch.save(state, path))
         model.save_pretrained(config.out)
+        write_card(config.out)
 
 
 def replace(path, write):

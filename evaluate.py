@@ -5,15 +5,21 @@
     python evaluate.py long                   # beyond the trained length, four ways to scale RoPE
     python evaluate.py plot                   # learning curves, ladder, length curves as PNG
 
-The metrics are in retrieval.py, masked accuracy is in mlm.py. Everything is measured on modules
-that were held out from all training; results go to out/results.json.
+and on texts from elsewhere, with any checkpoint (--model=DIR, or a name on the hub):
+
+    python evaluate.py sts FILE               # pairs of sentences with scores, csv or tsv
+    python evaluate.py retrieval FOLDER       # a task in the BEIR layout, beside BM25
+    python evaluate.py mteb --tasks=A,B       # MTEB's tasks by their names, or files and folders
+
+The metrics are in retrieval.py and similarity.py, masked accuracy is in mlm.py. The ladder and long
+texts are measured on modules that were held out from all training. Results go to out/results.json,
+and into the model card of the checkpoint that they are of.
 """
 
-import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +27,15 @@ import numpy as np
 import torch
 
 import common
+from card import write_card
+from checkpoint import find
 from data import store
 from mlm import held_out_scores
 from model import NomicBert, NomicBertForMaskedLM
 from options import InputError, read_options, run
-from retrieval import Retrieval, bm25_rank, summary, top_k
+from retrieval import METRICS, Retrieval, bm25_rank, summary
+from search import Index, typed_queries
+from similarity import read_pairs, sts
 
 STAGES = ("mlm", "contrastive", "finetune")
 
@@ -34,9 +44,14 @@ STAGES = ("mlm", "contrastive", "finetune")
 class Options:
     data: str = "out/pydocs"  # a data folder
     out: str = "out"  # where the stages' runs are; results.json and pictures go there too
-    model: str = ""  # search: a checkpoint directory; empty: the last stage that was trained
-    split: str = "test"  # held-out modules to report on: test, or dev while tuning
-    max_tokens: int = 128  # queries and documents are cut to this length
+    model: str = ""  # a checkpoint directory or a name on the hub; empty: the last stage trained
+    split: str = "test"  # the ladder's held-out modules: test, or dev while tuning
+    max_tokens: int = 0  # texts are cut to this length; 0: the length that the model was trained at
+    dims: int = 0  # the first dimensions of embeddings only, after Matryoshka; 0: all
+    rope_factor: float = (
+        0.0  # beyond the trained length, Dynamic NTK with this s; 0: as it is saved
+    )
+    tasks: str = ""  # mteb: names of tasks, files of pairs, folders in the BEIR layout, with commas
     seed: int = 0  # of the random weights
 
 
@@ -55,10 +70,12 @@ def ladder(options):
             print(f"{name}: not measured; pip install -r requirements-extra.txt")
             continue
         rows[name] = row_of(tasks, rankings)
-    for name, model in models_of(options):
-        rows[name] = row_of(
-            tasks, {task.name: task.rank(model, options.max_tokens) for task in tasks}
-        )
+    for name, model, directory in models_of(options):
+        length = options.max_tokens or model.config.trained_length
+        rows[name] = row_of(tasks, {task.name: task.rank(model, length) for task in tasks})
+        for task in tasks if directory else ():
+            title = f"{options.split} split of {task.name}, among {len(task.documents):,} documents"
+            record(directory, title, means(rows[name][task.name]))
     save_results(options.out, "ladder", rows)
     print_ladder(rows, [task.name for task in tasks])
     if Path(options.out, "mlm").is_dir():
@@ -84,7 +101,7 @@ def row_of(tasks, rankings):
 
 
 def models_of(options):
-    """(name of the row, model): random weights, and each stage that was trained."""
+    """(name of the row, model, its directory): random weights, and each stage that was trained."""
     trained = [stage for stage in STAGES if Path(options.out, stage, "model.safetensors").is_file()]
     if not trained:
         raise InputError(f"nothing was trained in {options.out}: python mlm.py, or make demo")
@@ -94,8 +111,8 @@ def models_of(options):
             torch.manual_seed(options.seed)
             untrained = NomicBert(model.config)
             untrained.tokenizer, untrained.dtype = model.tokenizer, model.dtype
-            yield "random weights", untrained
-        yield f"after {stage}", model
+            yield "random weights", untrained, None
+        yield f"after {stage}", model, Path(options.out, stage)
 
 
 def masked_words(options):
@@ -105,6 +122,17 @@ def masked_words(options):
     texts = store.Sequences(folder, model.bert.tokenizer, model.config.trained_length)
     loss, hit = held_out_scores(model, [texts[i] for i in range(len(texts))])
     return {"accuracy": summary(hit), "perplexity": math.exp(loss.mean()), "tokens": len(loss)}
+
+
+def means(row):
+    return {metric: value["mean"] for metric, value in row.items() if isinstance(value, dict)}
+
+
+def record(directory, title, values):
+    """Adds results to a checkpoint that a run of ours wrote, for its model card."""
+    if Path(directory, "run.json").is_file():
+        save_results(directory, title, values)
+        write_card(directory)
 
 
 def save_results(out, key, value):
@@ -183,6 +211,73 @@ def long(options, times=(1, 2, 4, 8, 16)):
 
 
 # ------------------------------------------------------------------------------------------------
+# Texts from elsewhere
+
+
+def open_model(options):
+    """(model, its directory, the length that texts are cut to)."""
+    directory = find(options.model) if options.model else last_stage(options.out)
+    model = NomicBert.from_pretrained(directory, rope_factor=options.rope_factor or None)
+    return model, directory, options.max_tokens or model.config.trained_length
+
+
+def similarity_of_pairs(options, path):
+    """Spearman and Pearson on a file of scored pairs."""
+    read_pairs(path)  # a mistake there shows itself before the model is opened
+    model, directory, length = open_model(options)
+    scores = sts(model, path, length, options.dims or None)
+    print(
+        f"{Path(path).name}, {scores['pairs']:,} pairs: "
+        f"Spearman {scores['Spearman']:.4f}, Pearson {scores['Pearson']:.4f}"
+    )
+    save_results(options.out, f"sts {path}", scores)
+    record(directory, f"similarity of the pairs in {Path(path).name}", scores)
+
+
+def retrieval_of_folder(options, folder):
+    """nDCG and its like on each split of a task in the BEIR layout, beside BM25."""
+    splits = sorted(path.name.split(".")[0] for path in Path(folder, "qrels").glob("*.tsv*"))
+    if not splits:
+        raise InputError(f"{folder} has no qrels/*.tsv: a task has the layout in retrieval.py")
+    tasks = {split: Retrieval(folder, split) for split in splits}
+    model, directory, length = open_model(options)
+    for split, task in tasks.items():
+        sizes = f"{len(task.queries):,} queries, {len(task.documents):,} documents"
+        print(f"{task.name}, {split}: {sizes}")
+        print(f"{'':20}" + "".join(f"{metric:>17}" for metric in METRICS))
+        rankings = {}
+        if importlib.util.find_spec("bm25s"):
+            rankings["BM25"] = bm25_rank(task)
+        rankings[str(directory)], _ = task.rank(model, length, dims=options.dims or None)
+        for name, ranking in rankings.items():
+            row = {metric: summary(values) for metric, values in task.scores(ranking).items()}
+            cells = (f"{value['mean']:.4f} ±{value['error']:.4f}" for value in row.values())
+            print(f"{name[-19:]:20}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
+            save_results(options.out, f"retrieval {folder} {split} {name}", row)
+        record(directory, f"{split} split of {task.name}", means(row))
+
+
+def benchmark(options):
+    """Tasks of MTEB, by its own library."""
+    if not options.tasks:
+        raise InputError("mteb: give --tasks=STSBenchmark,SciFact, or files and folders")
+    try:
+        from mteb_run import run_mteb
+    except ImportError:
+        raise InputError("mteb is not installed: pip install -r requirements-test.txt") from None
+    model, directory, length = open_model(options)
+    name = options.model or str(directory)
+    tasks = options.tasks.split(",")
+    for task, splits in run_mteb(
+        model, name, tasks, options.out, length, options.dims or None
+    ).items():
+        for split, scores in splits.items():
+            print(f"{task:30}{split:8}main score {scores['main_score']:.4f}")
+            record(directory, f"MTEB {task}, {split}", {"main score": scores["main_score"]})
+    print(f"all scores, in mteb's layout: {options.out}/mteb/results/")
+
+
+# ------------------------------------------------------------------------------------------------
 # Search
 
 
@@ -194,55 +289,10 @@ def last_stage(out):
     raise InputError(f"nothing was trained in {out}: make demo, or --model=DIR")
 
 
-class Index:
-    """The embeddings of all documents of a data folder, kept beside the checkpoint they are of."""
-
-    def __init__(self, directory, data, max_tokens):
-        self.model = NomicBert.from_pretrained(directory)
-        self.corpus, cache = Path(data, "search", "corpus.jsonl"), Path(directory, "search.npz")
-        if not self.corpus.is_file():
-            raise InputError(f"{self.corpus} is missing: python data/pydocs.py makes out/pydocs")
-        made_of = (Path(directory, "model.safetensors"), self.corpus)
-        key = f"{max_tokens} " + " ".join(map(store.fingerprint, made_of))
-        kept = np.load(cache) if cache.is_file() else {"key": ""}
-        if str(kept["key"]) != key:
-            kept = self.build(key, max_tokens)
-            common.replace(cache, lambda path: np.savez(open(path, "wb"), **kept))
-        self.embeddings, self.offsets = kept["embeddings"].astype(np.float32), kept["offsets"]
-
-    def build(self, key, max_tokens):
-        lines = self.corpus.read_bytes().splitlines(keepends=True)
-        print(f"embedding {len(lines):,} documents, once for this checkpoint", file=sys.stderr)
-        texts = ["search_document: " + json.loads(line)["text"] for line in lines]
-        embeddings = self.model.encode(texts, max_tokens).astype(np.float16)
-        offsets = np.cumsum([0, *map(len, lines)])  # of the lines: a search reads only ten of them
-        return {"key": key, "embeddings": embeddings, "offsets": offsets}
-
-    def search(self, query, k=10):
-        """(cosine, name, text) of the k best documents, best first."""
-        if not query.strip():
-            raise InputError(
-                'the query is empty: python evaluate.py search "how do I read a csv file"'
-            )
-        query = self.model.encode(["search_query: " + query])
-        scores, numbers = top_k(query, self.embeddings, k)
-        with open(self.corpus, "rb") as file:
-            for score, number in zip(scores[0], numbers[0], strict=True):
-                file.seek(self.offsets[number])
-                row = json.loads(file.readline())
-                yield score, row["_id"], row["text"]
-
-
-def typed_queries():
-    """What a person types, until an empty line or the end of the input."""
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while query := input("search> ").strip():
-            yield query
-
-
 def search(options, query):
     """Prints the ten best documents; without a query, asks for queries until an empty line."""
-    index = Index(options.model or last_stage(options.out), options.data, options.max_tokens)
+    directory = find(options.model) if options.model else last_stage(options.out)
+    index = Index(directory, options.data, options.max_tokens)
     for asked in typed_queries() if query is None else [query]:
         for score, name, text in index.search(asked):
             text = " ".join(text.removeprefix(name).split())
@@ -258,14 +308,19 @@ def main(arguments):
     command = words.pop(0) if words else "ladder"
     if command == "search":
         search(options, " ".join(words) if words else None)
+    elif command in ("sts", "retrieval") and len(words) == 1:
+        {"sts": similarity_of_pairs, "retrieval": retrieval_of_folder}[command](options, words[0])
     elif command == "plot" and not words:
         from plots import plot_all
 
         print("\n".join(f"wrote {path}" for path in plot_all(options.out)))
-    elif command in ("ladder", "long") and not words:
-        {"ladder": ladder, "long": long}[command](options)
+    elif command in ("ladder", "long", "mteb") and not words:
+        {"ladder": ladder, "long": long, "mteb": benchmark}[command](options)
     else:
-        raise InputError(f"{' '.join([command, *words])}: give search, long, plot or nothing")
+        raise InputError(
+            f"{' '.join([command, *words])}: give search, long, plot, sts FILE, retrieval FOLDER, "
+            "mteb, or nothing"
+        )
 
 
 if __name__ == "__main__":

@@ -8,16 +8,27 @@ document comes:
     MRR@10      1 / rank, or 0 beyond ten
     nDCG@10     1 / log2(1 + rank), or 0 beyond ten; of several right ones, their sum over the best
 
+A task on disk has the layout of BEIR (arXiv 2104.08663), each file plain or gzipped:
+
+    corpus.jsonl     {"_id": "d1", "title": "may be missing", "text": "..."}
+    queries.jsonl    {"_id": "q1", "text": "..."}
+    qrels/test.tsv   query-id, corpus-id, score: tab-separated, below a header
+    meta.json        {"prefixes": {"query": "search_query: ", "document": ...}}; may be missing
+
 Lexical search (BM25) needs no training and is hard to beat, so no table goes without it.
 """
 
+import functools
+import gzip
 import json
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from checkpoint import PREFIXES
 from options import InputError
 
 # ------------------------------------------------------------------------------------------------
@@ -47,7 +58,12 @@ def ndcg(ranking, relevant, k=10):
     return discounted(gain) / discounted(best)
 
 
-METRICS = {"nDCG@10": ndcg, "MRR@10": mrr, "recall@10": recall}
+METRICS = {
+    "nDCG@10": ndcg,
+    "MRR@10": mrr,
+    "recall@10": recall,
+    "recall@100": functools.partial(recall, k=100),
+}
 
 
 def summary(values):
@@ -60,27 +76,75 @@ def summary(values):
 # Retrieval
 
 
+def read_lines(path):
+    """The numbered lines of a file, plain or with .gz behind its name.
+
+    Raises InputError for a file that is missing, damaged or not UTF-8."""
+    if not path.is_file() and path.with_name(path.name + ".gz").is_file():
+        path = path.with_name(path.name + ".gz")
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.rstrip("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        where = f" beyond line {number}" if number else ""
+        raise InputError(f"{path} cannot be read{where}: {reason}") from None
+
+
+def read_texts(path):
+    """id -> text of a corpus.jsonl or queries.jsonl; a title comes before its text [code]."""
+    texts = {}
+    for number, line in read_lines(path):
+        try:
+            row = json.loads(line)
+            texts[str(row["_id"])] = f"{row.get('title') or ''} {row['text']}".strip()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f'{path}, line {number}: not {{"_id": ..., "text": ...}}') from None
+    return texts
+
+
+def read_judgements(path, queries, documents):
+    """query id -> document id -> grade above 0, of a qrels file.
+
+    Raises InputError for a line of another form, or that names what is not there."""
+    judged = {}
+    for number, line in read_lines(path):
+        parts = line.split("\t")
+        if number == 1 and parts[-1] == "score":
+            continue
+        if len(parts) != 3 or not parts[2].lstrip("-").isdigit():
+            raise InputError(f"{path}, line {number}: not query-id, corpus-id, score with tabs")
+        query, document, grade = parts
+        if query not in queries or document not in documents:
+            name = "queries" if query not in queries else "corpus"
+            missing = query if query not in queries else document
+            raise InputError(f"{path}, line {number}: {missing} is not in {name}.jsonl")
+        if int(grade) > 0:
+            judged.setdefault(query, {})[document] = int(grade)
+    if not judged:
+        raise InputError(f"{path} judges no document relevant")
+    return judged
+
+
 class Retrieval:
-    """One split of a task in the BEIR layout, with its task prefixes from meta.json."""
+    """One split of a task in the BEIR layout."""
 
     def __init__(self, folder, split, pool=None, queries=None):
         """pool, queries: for a quick look, so many documents (with all relevant ones) and queries.
 
-        Raises InputError where the folder is not a task."""
+        Raises InputError where the folder is not a task, naming file and line."""
         folder = Path(folder)
-        self.name = folder.name
-        try:
-            self.prefixes = json.loads((folder / "meta.json").read_text())["prefixes"]
-            documents, asked = (
-                {row["_id"]: row["text"] for row in map(json.loads, open(path, encoding="utf-8"))}
-                for path in (folder / "corpus.jsonl", folder / "queries.jsonl")
-            )
-            lines = (folder / "qrels" / f"{split}.tsv").read_text("utf-8").split("\n")[1:-1]
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{folder} is not a retrieval task: {error!r}") from None
-        judged = {}  # query id -> document id -> grade
-        for query, document, grade in (line.split("\t") for line in lines):
-            judged.setdefault(query, {})[document] = int(grade)
+        self.name, meta = folder.name, folder / "meta.json"
+        self.prefixes = PREFIXES
+        if meta.is_file():
+            try:
+                self.prefixes = json.loads(meta.read_text())["prefixes"]
+            except (ValueError, KeyError) as error:
+                raise InputError(f"{meta} gives no prefixes: {error!r}") from None
+        documents, asked = (read_texts(folder / f"{name}.jsonl") for name in ("corpus", "queries"))
+        judged = read_judgements(folder / "qrels" / f"{split}.tsv", asked, documents)
         judged = dict(list(judged.items())[:queries])
 
         names = list(documents)
@@ -106,10 +170,10 @@ class Retrieval:
             raise InputError(f"no retrieval tasks in {data}: python data/pydocs.py makes some")
         return [cls(folder, split, **sample) for folder in folders]
 
-    def rank(self, model, max_tokens, k=10):
+    def rank(self, model, max_tokens, k=100, dims=None):
         """Each query's k best documents (n, k); mean cosine of its right, and of a random one."""
         query, document = (
-            model.encode([self.prefixes[side] + text for text in texts], max_tokens)
+            model.encode([self.prefixes[side] + text for text in texts], max_tokens, dims)
             for side, texts in (("query", self.queries), ("document", self.documents))
         )
         right = [next(iter(relevant)) for relevant in self.relevant]
@@ -151,7 +215,7 @@ def dev_scores(model, tasks, max_tokens):
     return {"dev_ndcg": float(np.mean(list(scores.values()))), **scores}, sample
 
 
-def bm25_rank(task, split_identifiers, k=10):
+def bm25_rank(task, split_identifiers=False, k=100):
     """BM25 by the bm25s library, with its defaults. split_identifiers: read_csv is read and csv,
     as our tokenizer sees it; the stronger baseline on code."""
     import bm25s
@@ -162,4 +226,5 @@ def bm25_rank(task, split_identifiers, k=10):
 
     index = bm25s.BM25()
     index.index(tokenize(task.documents), show_progress=False)
+    k = min(k, len(task.documents))
     return index.retrieve(tokenize(task.queries), k=k, show_progress=False)[0]
