@@ -27,23 +27,42 @@ def length_groups(cu_seqlens):
     return order, [(-int(value), int(count)) for value, count in zip(values, counts, strict=True)]
 
 
-def attention(qkv, groups):
-    """Attention within each text: (N, 3, H, D) -> (N, H, D).
+def attention(q, k, v, groups):
+    """Attention within each text: (N, H, D) each -> (N, H, D).
 
     groups: from length_groups, in whose order the tokens stand."""
     outputs = []
-    parts = qkv.split([length * texts for length, texts in groups])
+    sizes = [length * texts for length, texts in groups]
+    parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     for (length, texts), part in zip(groups, parts, strict=True):
-        part = part.view(texts, length, *part.shape[1:])  # (texts, length, 3, H, D)
-        q, k, v = part.permute(2, 0, 3, 1, 4)  # (texts, H, length, D) each
+        q, k, v = (x.view(texts, length, *x.shape[1:]).transpose(1, 2) for x in part)
         outputs.append(attend(q, k, v).transpose(1, 2).flatten(0, 1))  # (texts * length, H, D)
     return torch.cat(outputs)
 
 
+SCORES = 1 << 22  # as many of bf16 as stay in a CPU's cache
+
+
 def attend(q, k, v):
     """softmax(Q K^T / sqrt(D)) V: (texts, H, length, D) each -> (texts, H, length, D)."""
-    if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # the fused kernel's backward pass is slow in this case: a step takes a third longer with it
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (texts, H, length, length)
-        return scores.softmax(-1) @ v
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return attend_in_blocks(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def attend_in_blocks(q, k, v):
+    """The same, written out in matrix products, of a few heads or some rows of one at a time: twice
+    as fast as PyTorch's fused kernel in bf16 on a CPU, forward and backward."""
+    shape, length, D = q.shape, *q.shape[2:]
+    q, k, v = (x.reshape(-1, length, D) for x in (q, k, v))  # (texts * H, length, D)
+    heads, rows, outputs = max(1, SCORES // length**2), max(1, SCORES // length), []
+    for q_, k_, v_ in zip(q.split(heads), k.split(heads), v.split(heads), strict=True):
+        blocks = [(scaled_product(block, k_).softmax(-1) @ v_) for block in q_.split(rows, dim=1)]
+        outputs.append(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1))
+    return torch.cat(outputs).view(shape)
+
+
+def scaled_product(q, k):
+    """Q K^T / sqrt(D) in one pass over the scores: (heads, rows, D), (heads, length, D) ->
+    (heads, rows, length)."""
+    return torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
