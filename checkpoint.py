@@ -102,7 +102,7 @@ def read_config(directory):
     def number(kind, *names):
         name = next((name for name in names if config.get(name) is not None), names[0])
         value = config.get(name)
-        if not isinstance(value, (int, kind)) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, (int, kind)) or isinstance(value, bool) or not value > 0:
             raise InputError(f"{path}: {name} is {value!r}, not a positive number")
         return value
 
@@ -117,8 +117,9 @@ def read_config(directory):
         ours: number(float if ours == "layer_norm_eps" else int, *names)
         for ours, names in NAMES.items()
     }
-    multiple = config.get("pad_vocab_size_multiple") or 1
-    values["vocab_size"] = -(-values["vocab_size"] // multiple) * multiple
+    if config.get("pad_vocab_size_multiple"):
+        multiple = number(int, "pad_vocab_size_multiple")
+        values["vocab_size"] = -(-values["vocab_size"] // multiple) * multiple
     heads, head_size = values["num_attention_heads"], config.get("head_dim")
     if values["hidden_size"] % (2 * heads):
         raise InputError(f"{path}: hidden_size {values['hidden_size']} makes no {heads} even heads")
@@ -130,26 +131,25 @@ def read_config(directory):
 def read_rope(config, path, number):
     """Base, scaling and trained length. In the published dialect a factor means Dynamic NTK, and
     n_positions (8,192) is how long texts may be, not how long they were in training."""
-    published = "rotary_emb_base" in config
-    default = {"rope_theta": config.get("rotary_emb_base", 1000.0), "rope_type": "default"}
-    if config.get("rotary_scaling_factor"):
-        default |= {"rope_type": "dynamic", "factor": config["rotary_scaling_factor"]}
-    rope = config.get("rope_parameters") or default
-    kind, theta, factor = rope.get("rope_type"), rope.get("rope_theta"), rope.get("factor")
-    if kind not in ROPE_TYPES:
+    rope = config.get("rope_parameters")
+    if not rope:
+        rope = {"rope_theta": config.get("rotary_emb_base", 1000.0), "rope_type": "default"}
+        if config.get("rotary_scaling_factor"):
+            rope |= {"rope_type": "dynamic", "factor": config["rotary_scaling_factor"]}
+    if not isinstance(rope, dict) or str(rope.get("rope_type")) not in ROPE_TYPES:
+        kind = rope.get("rope_type") if isinstance(rope, dict) else rope
         raise InputError(f"{path}: rope_type is {kind!r}; known are {', '.join(ROPE_TYPES)}")
-    needed = {"rope_theta": theta} if kind == "default" else {"rope_theta": theta, "factor": factor}
-    for name, value in needed.items():
-        if not isinstance(value, (int, float)) or not value > 0:
-            raise InputError(f"{path}: {name} is {value!r}, not a positive number")
-    if published:
-        config.setdefault("max_trained_positions", 2048)  # v1 does not say, and means this
-    return {
-        "rope_base": float(theta),
-        "rope_scaling": ROPE_TYPES[kind],
-        "trained_length": number(int, "max_trained_positions", "max_position_embeddings"),
-        **({"rope_factor": float(factor)} if factor else {}),
-    }
+    scaling = ROPE_TYPES[rope["rope_type"]]
+    numbers = {"rope_theta": "rope_base"} | ({} if scaling == "none" else {"factor": "rope_factor"})
+    values = {"rope_scaling": scaling}
+    for name, ours in numbers.items():
+        if not isinstance(rope.get(name), (int, float)) or not rope[name] > 0:
+            raise InputError(f"{path}: {name} is {rope.get(name)!r}, not a positive number")
+        values[ours] = float(rope[name])
+    if "rotary_emb_base" in config and not config.get("max_trained_positions"):
+        config["max_trained_positions"] = 2048  # v1 does not say, and means this
+    length = number(int, "max_trained_positions", "max_position_embeddings")
+    return values | {"trained_length": length}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -198,10 +198,11 @@ def read_weights(directory):
         name = re.sub(PREFIX, "", name)
         for pattern, ours in RENAMED.items():
             name = re.sub(pattern, ours, name)
+        if re.search(UNUSED, name):
+            continue
         if not weight.is_floating_point():
             raise InputError(f"{path}: {name} is of {weight.dtype}, not of floating point")
-        if not re.search(UNUSED, name):
-            named[name] = weight.to(torch.float32, copy=True)  # aligned memory of its own
+        named[name] = weight.to(torch.float32, copy=True)  # aligned memory of its own
     for name in [name for name in named if ".self_attn.q_proj." in name]:
         parts = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
         if missing := [part for part in parts if part not in named]:
@@ -211,22 +212,32 @@ def read_weights(directory):
     return named
 
 
-def load_weights(model, weights, directory):
-    """Gives weights to a model on the meta device. Raises InputError unless names and shapes fit
-    exactly."""
+def build(cls, config, weights, directory):
+    """A model of class cls with these weights.
+
+    Raises InputError unless names and shapes fit exactly, before memory is taken for them."""
+    where = f"{directory}/model.safetensors"
+    layers = len({name.split("layers.")[1].split(".")[0] for name in weights if "layers." in name})
+    if layers != config.num_hidden_layers:
+        asked = config.num_hidden_layers
+        raise InputError(
+            f"{where} has {layers} layers, num_hidden_layers in config.json is {asked}"
+        )
+    try:
+        with torch.device("meta"):  # shapes without memory
+            model = cls(config)
+    except RuntimeError as error:  # sizes that no number of bytes holds
+        raise InputError(f"{directory}/config.json: {error}") from None
     own = model.state_dict()
     for name in {**own, **weights}:
         found, wanted = (tuple(t[name].shape) if name in t else "missing" for t in (weights, own))
         if found != wanted:
-            field = next((shape for part, shape in FIELDS.items() if part in name), "")
-            field = (
-                "num_hidden_layers" if "missing" in (found, wanted) and "layers" in name else field
+            field = next(
+                (f": see {shape} there" for part, shape in FIELDS.items() if part in name), ""
             )
-            raise InputError(
-                f"{directory}/model.safetensors: {name} is {found}, config.json asks for {wanted}"
-                + (f": see {field} there" if field else "")
-            )
+            raise InputError(f"{where}: {name} is {found}, config.json asks for {wanted}{field}")
     model.load_state_dict(weights, assign=True)
+    return model
 
 
 def read_head(head, config, weights, directory):

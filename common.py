@@ -135,7 +135,7 @@ def open_encoder(config, origin, device):
     """The encoder that stage 2 or 3 begins with: the checkpoint of --init, whose shape and
     tokenizer the run inherits, or random weights."""
     from data.store import load_tokenizer
-    from model import NomicBert, choose_dtype
+    from model import NomicBert
 
     where = config.out if config.resume else config.init
     if where:
@@ -158,6 +158,16 @@ def open_encoder(config, origin, device):
             raise InputError(f"--{name} is beyond the {limit} tokens that the model is trained for")
     model.dtype = choose_dtype(config.precision, device)
     return model.to(device)
+
+
+def choose_dtype(precision, device):
+    """The type that an option names: auto, bf16 or float32."""
+    from model import fast_dtype
+
+    named = {"auto": fast_dtype(device), "bf16": torch.bfloat16, "float32": torch.float32}
+    if precision not in named:
+        raise InputError(f"--precision={precision}: give auto, bf16 or float32")
+    return named[precision]
 
 
 def adamw(model, config, betas, eps):

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import common
 from check import check_stage
 from data import store
-from model import NomicBertForMaskedLM, choose_dtype
+from model import NomicBertForMaskedLM
 from options import read_options, run
 
 
@@ -201,7 +201,10 @@ def main(arguments):
 
     torch.manual_seed(config.seed)
     model = NomicBertForMaskedLM(common.model_shape(config, tokenizer, config.seq_len)).to(device)
-    model.bert.tokenizer, model.bert.dtype = tokenizer, choose_dtype(config.precision, device)
+    model.bert.tokenizer, model.bert.dtype = (
+        tokenizer,
+        common.choose_dtype(config.precision, device),
+    )
     optimizer = common.adamw(model, config, betas=(0.9, config.beta2), eps=1e-6)  # eps [code]
     start = common.begin(config, origin, model, optimizer)
 

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from tqdm import tqdm
 
 import checkpoint
 import export
 from attention import attention, length_groups
-from checkpoint import MAX_TOKENS
 from data.store import cut, micro_batches, pack
 from options import InputError
 from rope import Rope, rope_angles, rotate
@@ -72,14 +72,6 @@ def fast_dtype(device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def choose_dtype(precision, device):
-    """The type that an option names: auto, bf16 or float32."""
-    named = {"auto": fast_dtype(device), "bf16": torch.bfloat16, "float32": torch.float32}
-    if precision not in named:
-        raise InputError(f"--precision={precision}: give auto, bf16 or float32")
-    return named[precision]
-
-
 class Linear(nn.Linear):
     """x W^T in the type of x. No bias, but in the MLM head of some checkpoints."""
 
@@ -118,10 +110,9 @@ class Attention(nn.Module):
         self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x, cos, sin, groups):
-        qkv = self.Wqkv(x).view(-1, 3, self.heads, self.head_size)  # (N, 3, H, D)
-        qk, v = qkv.split([2, 1], dim=1)
-        qkv = torch.cat((rotate(qk, cos, sin), v), dim=1)
-        return self.out_proj(attention(qkv, groups).flatten(1))  # (N, C)
+        q, k, v = self.Wqkv(x).view(-1, 3, self.heads, self.head_size).unbind(1)  # (N, H, D) each
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return self.out_proj(attention(q, k, v, groups).flatten(1))  # (N, C)
 
 
 class GatedMLP(nn.Module):
@@ -186,7 +177,7 @@ class NomicBert(nn.Module):
         )
         self.dtype = torch.float32  # of the activations
         self.tokenizer = None  # for `encode` and `save_pretrained`
-        self.layer_norm = False  # of embeddings, before their first dimensions are taken: see embed
+        self.layer_norm = False  # of embeddings, before their first dimensions are taken
         initialize(self)
 
     @property
@@ -208,24 +199,28 @@ class NomicBert(nn.Module):
             x = layer(x, cos, sin, groups)
         return x if order is None else torch.empty_like(x).index_copy(0, order, x)
 
-    def embed(self, tokens, cu_seqlens, dims=None):
-        """The mean of each text's hidden states at unit length (sec. 3.1): (B, dims) float32.
+    def embed(self, tokens, cu_seqlens):
+        """Embeddings of a packed batch: (B, C) float32, unit length."""
+        return self.pool(self(tokens, cu_seqlens), cu_seqlens)
 
-        dims: the first dimensions only (Matryoshka). nomic-embed-text-v1.5 takes off the mean of an
-        embedding's dimensions first, by a LayerNorm without weights: `layer_norm` does so."""
-        x = mean_pool(self(tokens, cu_seqlens), cu_seqlens)  # (B, C)
-        if self.layer_norm:
+    def pool(self, hidden, cu_seqlens, dims=None):
+        """The mean of each text's hidden states at unit length (sec. 3.1): (N, C) -> (B, dims).
+
+        dims: the first dimensions only (Matryoshka)."""
+        x = mean_pool(hidden, cu_seqlens)  # (B, C)
+        if self.layer_norm:  # of nomic-embed-text-v1.5: no weights, so it takes off x's mean
             x = F.layer_norm(x, x.shape[1:])
         return F.normalize(x[:, :dims], dim=-1)
 
     @torch.no_grad()
-    def encode(self, texts, max_tokens=MAX_TOKENS, dims=None, micro_batch_tokens=8192):
+    def encode(self, texts, max_tokens=checkpoint.MAX_TOKENS, dims=None, micro_batch_tokens=None):
         """Embeddings of a list of strings, in its order: (n, dims) float32 numpy, unit length.
 
         A task prefix such as "search_query: " is part of the text. Texts are cut to max_tokens;
         beyond the trained length RoPE scales as `self.rope` says. dims: the first dimensions only,
-        of a model trained with Matryoshka; None is all. Raises InputError for dims out of range, a
-        string in place of a list, a model without tokenizer."""
+        after Matryoshka; None is all. micro_batch_tokens: how many go through the model at once;
+        None is what suits the device. Raises InputError for dims out of range, a string in place
+        of a list, a model without tokenizer."""
         size = self.config.hidden_size
         if dims is not None and not 0 < dims <= size:
             raise InputError(f"dims={dims}: embeddings of this model have {size} dimensions")
@@ -233,13 +228,21 @@ class NomicBert(nn.Module):
             raise InputError("encode takes a list of texts: write [text]")
         if self.tokenizer is None:
             raise InputError("there was no tokenizer.json beside the model: set model.tokenizer")
-        encodings = self.tokenizer.encode_batch_fast(list(texts))
-        texts = [cut(np.array(encoding.ids), max_tokens) for encoding in encodings]
+        texts = [
+            cut(np.array(encoding.ids), max_tokens)
+            for start in range(0, len(texts), 10_000)  # an encoding takes more memory than its ids
+            for encoding in self.tokenizer.encode_batch_fast(texts[start : start + 10_000])
+        ]
         embeddings = np.empty((len(texts), dims or size), np.float32)
-        groups = micro_batches([len(text) for text in texts], micro_batch_tokens) if texts else []
+        # a CPU is fastest while activations stay in its cache, a GPU while all of it has work
+        at_once = micro_batch_tokens or (2048 if self.device.type == "cpu" else 65_536)
+        groups = micro_batches([len(text) for text in texts], at_once) if texts else []
+        cast = {n: p.to(self.dtype) for n, p in self.named_parameters() if n.startswith("encoder.")}
         for group in tqdm(groups, "encoding", disable=len(groups) < 100 or None, leave=False):
             tokens, cu_seqlens = pack([texts[i] for i in group], self.device)
-            embeddings[group] = self.embed(tokens, cu_seqlens, dims).cpu()
+            # self(tokens, cu_seqlens), but the weights are cast once and not at every call
+            hidden = functional_call(self, cast, (tokens, cu_seqlens))
+            embeddings[group] = self.pool(hidden, cu_seqlens, dims).cpu()
         return embeddings
 
     @classmethod
@@ -247,10 +250,9 @@ class NomicBert(nn.Module):
         """Opens a checkpoint, with or without MLM head: a directory of ours, a published one, one
         that transformers or SentenceTransformer wrote; or a name on the hub, which is downloaded.
 
-        dtype: of the activations; None is the fast one. rope_factor: reads texts beyond the trained
-        length with Dynamic NTK and this s, whatever the checkpoint says; the paper takes 2, and the
-        published files leave it open. Raises InputError for files that are missing, damaged, or
-        do not fit together."""
+        dtype: of the activations; None is the fast one. rope_factor: Dynamic NTK with this s beyond
+        the trained length, whatever the checkpoint says (the paper takes 2, the published files
+        leave it open). Raises InputError for files missing, damaged, or not fitting together."""
         return open_model(cls, where, dtype, rope_factor)
 
     def save_pretrained(self, directory):
@@ -332,15 +334,13 @@ def open_model(cls, where, dtype, rope_factor):
     if rope_factor is not None:
         config.rope_scaling, config.rope_factor = "dynamic", rope_factor
     head = {name: weights.pop(name) for name in list(weights) if name.startswith("cls.")}
-    if cls is NomicBertForMaskedLM:
+    masked = cls is NomicBertForMaskedLM
+    if masked:
         weights = {f"bert.{name}": weight for name, weight in weights.items()}
         weights |= checkpoint.read_head(head, config, weights, directory)
-    with torch.device("meta"):  # shapes without memory, until the weights are known to fit
-        model = cls(config)
-    checkpoint.load_weights(model, weights, directory)
-    encoder = model
-    if cls is NomicBertForMaskedLM:
-        encoder = model.bert
+    model = checkpoint.build(cls, config, weights, directory)
+    encoder = model.bert if masked else model
+    if masked:
         model.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight  # tied
     encoder.tokenizer = checkpoint.read_tokenizer(directory, config.vocab_size)
     encoder.dtype = dtype or fast_dtype(encoder.device)

@@ -100,10 +100,11 @@ def in_half_precision(directory):
 
 
 def of_a_trainer(directory):
-    """Out of the released training code: everything under trunk., a buffer among the weights."""
+    """Out of the released training code: everything under trunk., buffers among the weights."""
     weights = load_file(directory / "model.safetensors")
     weights = {f"trunk.{name}": weight for name, weight in weights.items()}
     weights["trunk.encoder.layers.0.attn.rotary_emb.inv_freq"] = torch.ones(16)
+    weights["trunk.embeddings.position_ids"] = torch.arange(512)
     save_file(weights, directory / "model.safetensors")
 
 
@@ -318,7 +319,10 @@ BAD = {
         "fc11.weight is .128, 64., config.json asks for .256, 64.: see .intermediate_size",
     ),
     "more words": (with_config(vocab_size=512), "word_embeddings.weight is .* see \\(vocab_size"),
-    "more layers": (with_config(num_hidden_layers=3), "layers.2.* is missing.* num_hidden_layers"),
+    "more layers": (
+        with_config(num_hidden_layers=3),
+        "has 2 layers, num_hidden_layers in config.json is 3",
+    ),
     "a weight too few": (with_weights(lambda w: w.pop(LAYER)), f"{LAYER} is missing"),
     "a weight too many": (
         with_weights(lambda w: w.update({"encoder.layers.0.attn.Wqkv.bias": torch.zeros(192)})),
@@ -355,6 +359,37 @@ def test_what_is_amiss_is_said_in_one_line(directory, name):
     with pytest.raises(InputError, match=message) as error:
         NomicBert.from_pretrained(directory)
     assert "\n" not in str(error.value) and "model" in str(error.value)
+
+
+@pytest.mark.parametrize("variant", [None, v1, v1_5_of_today])
+def test_any_value_in_config_json_opens_or_is_an_error_of_one_line(directory, variant):
+    """Each field in turn missing, and of every wrong type: never a traceback, never a long wait."""
+    if variant:
+        variant(directory)
+    config = shape(directory)
+    for name in config:
+        others = {key: value for key, value in config.items() if key != name}
+        for value in (
+            "gone",
+            None,
+            "x",
+            -1,
+            0,
+            1.5,
+            10**9,
+            True,
+            [],
+            [1],
+            {},
+            {"a": 1},
+            float("nan"),
+        ):
+            broken = others if value == "gone" else others | {name: value}
+            (directory / "config.json").write_text(json.dumps(broken))
+            try:
+                NomicBert.from_pretrained(directory)
+            except InputError as error:
+                assert "\n" not in str(error)
 
 
 def test_a_tokenizer_of_another_model_is_refused(directory, data_tokenizer):

@@ -117,7 +117,7 @@ def test_packed_attention_equals_softmax_written_out_in_float64():
     expected_gradient = torch.autograd.grad((written_out * weights).sum(), qkv)[0]
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
         x = qkv.detach().to(dtype).requires_grad_()
-        packed = attention(x, [(9, 1), (5, 2), (1, 1)])
+        packed = attention(*x.unbind(1), [(9, 1), (5, 2), (1, 1)])
         (packed * weights.to(dtype)).sum().backward()
         assert torch.allclose(packed.double(), written_out, atol=tolerance)
         assert torch.allclose(x.grad.double(), expected_gradient, atol=tolerance)
