@@ -36,7 +36,7 @@ parameters, after {title}. Made by nanoEmbed.
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{name}")
+model = SentenceTransformer("{directory}")
 x = model.encode("what is NTK scaling?", prompt_name="query")
 ```
 
@@ -78,12 +78,17 @@ def write_run(config, origin, model):
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_length": model.config.trained_length,
         "torch": torch.__version__,
-        "data": f"made by {inputs.get('script', 'hand')}"
-        + (f" from {versions}" if versions else ""),
-        "sources": [(path.parent.name, json.loads(path.read_text())["rows"]) for path in metas],
+        "data": " from ".join(filter(None, [inputs.get("script", "your own hand"), versions])),
+        "sources": [row_of(path) for path in metas],
     }
     text = json.dumps(run, indent=1)
     replace(Path(config.out, "run.json"), lambda path: path.write_text(text))
+
+
+def row_of(path):
+    """(source, rows, tokens) of a meta.json."""
+    meta = json.loads(path.read_text())
+    return path.parent.name, meta["rows"], sum(meta["tokens"].values())
 
 
 def table(head, rows):
@@ -104,7 +109,7 @@ def write_card(directory):
     for line in log.read_text().splitlines() if log.is_file() else ():
         last |= json.loads(line)
     rows = [
-        (f"held-out, during training (step {last['step']:,})", key, shown(last[key]))
+        (f"log.jsonl, step {last['step']:,} (dev_: held out)", key, shown(last[key]))
         for key in last
         if key.startswith(("loss", "dev_"))
     ]
@@ -116,6 +121,7 @@ def write_card(directory):
     ]
     card = TEMPLATE.format(
         name=directory.name,
+        directory=directory,
         pipeline="fill-mask" if run["stage"] == "mlm" else "sentence-similarity",
         parameters=run["parameters"],
         title=TITLES.get(run["stage"], run["stage"]),
@@ -127,7 +133,7 @@ def write_card(directory):
         torch=run["torch"],
         options=table(("option", "value", "from"), [(k, v, origin[k]) for k, v in options.items()]),
         data=f"`{options['data']}`, made by {run['data']}:",
-        sources=table(("source", "rows"), run["sources"]),
+        sources=table(("source", "texts or pairs", "tokens"), run["sources"]),
         results=table(("on", "metric", "value"), rows) if rows else "None yet.",
     )
     replace(directory / "README.md", lambda path: path.write_text(card, encoding="utf-8"))

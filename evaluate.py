@@ -271,9 +271,10 @@ def benchmark(options):
     for task, splits in run_mteb(
         model, name, tasks, options.out, length, options.dims or None
     ).items():
-        for split, scores in splits.items():
-            print(f"{task:30}{split:8}main score {scores['main_score']:.4f}")
-            record(directory, f"MTEB {task}, {split}", {"main score": scores["main_score"]})
+        for split, subsets in splits.items():
+            score = float(np.mean([scores["main_score"] for scores in subsets]))
+            print(f"{task:30}{split:8}main score {score:.4f}")
+            record(directory, f"MTEB {task}, {split}", {"main score": score})
     print(f"all scores, in mteb's layout: {options.out}/mteb/results/")
 
 

@@ -129,7 +129,7 @@ def open_task(name):
         task = retrieval_task(path) if path.is_dir() else sts_task(path)
     else:
         try:
-            task = mteb.get_task(name)
+            task = mteb.get_task(name, languages=["eng"])  # the paper's are English
         except KeyError:
             raise InputError(
                 f"--tasks: {name} is no file, no folder, and no task of mteb"
@@ -145,12 +145,9 @@ def open_task(name):
 
 
 def run_mteb(model, name, tasks, out, max_tokens, dims=None):
-    """Runs tasks, given by names or paths; {task: {split: {score: value}}}. Results are kept in
-    OUT/mteb/results/, in mteb's layout; what is there already is not run again."""
+    """Runs tasks, given by names or paths: {task: {split: a dict of scores for each subset}}. They
+    are kept in OUT/mteb/results/, in mteb's layout; what is there already is not run again."""
     cache = mteb.ResultCache(Path(out, "mteb"))
     encoder = Encoder(model, name, max_tokens, dims)
     results = mteb.evaluate(encoder, [open_task(task) for task in tasks], cache=cache)
-    return {
-        result.task_name: {split: scores[0] for split, scores in result.scores.items()}
-        for result in results.task_results
-    }
+    return {result.task_name: result.scores for result in results.task_results}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from bench.parity import deviation, deviations, theirs
 from data.store import pack
 from model import Config, NomicBert, NomicBertForMaskedLM
 
@@ -32,37 +33,6 @@ TEXTS = {
     "beyond it": "some more words and others " * 120,
     "cut at 8,192 tokens": "word " * 9000,
 }
-
-
-def theirs(cls, directory):
-    """Their model of our directory: all weights found, none left over."""
-    model, loading = cls.from_pretrained(directory, output_loading_info=True)
-    assert not any(loading.values()), loading
-    return model.eval()
-
-
-def deviation(ours, theirs):
-    """The largest difference, relative to the largest value."""
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
-def deviations(model, other, length):
-    """Of hidden states, of pooled embeddings and of MLM scores, for one text of random tokens."""
-    ids = torch.from_numpy(
-        np.random.default_rng(length).integers(5, model.config.vocab_size, length)
-    )
-    tokens, cu_seqlens = pack([ids.numpy()])
-    with torch.no_grad():
-        other.nomic_bert(torch.ones(1, 1, dtype=torch.long))  # they remember the longest text
-        hidden, expected = model.bert(tokens, cu_seqlens), other.nomic_bert(ids[None])[0][0]
-        mean = torch.nn.functional.normalize(expected.mean(0, keepdim=True))
-        some = slice(0, 256)
-        scores = model.cls["predictions"](hidden[some]), other.cls(expected[some])
-        return (
-            deviation(hidden, expected),
-            deviation(model.bert.embed(tokens, cu_seqlens), mean),
-            deviation(*scores),
-        )
 
 
 def both(directory, config):
