@@ -208,7 +208,7 @@ def begin(config, origin, model, optimizer):
         shutil.rmtree(f"{out}.previous", ignore_errors=True)
         os.rename(out, f"{out}.previous")
         print(f"{out} held an earlier run: that is {out}.previous now")
-    if is_first() and not config.resume:
+    if is_first() and not (config.resume and (out / "run.json").is_file()):
         write_run(config, origin, model)
     save(config, model, optimizer, step)  # a full disk shows itself now, and not in an hour
     wait_for_all()
