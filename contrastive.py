@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import common
 from check import check_stage
@@ -126,15 +127,26 @@ def learning_rate(step, config):
 # The lesson: InfoNCE
 
 
-def info_nce(query, document, temperature, first=0):
+def info_nce(query, document, temperature, first=0, scores=1 << 25):
     """Choose each query's document among all (eq. 1): the sum, over queries, of
     -log softmax(cosines with all documents / temperature)[the right one].
 
     query (b, E), document (M, E), at unit length. Document first + i is the right one for query i,
-    all others are negatives. Identical embeddings give exactly ln M for each query."""
-    scores = query @ document.T / temperature  # (b, M)
-    right = torch.arange(first, first + len(query), device=query.device)
-    return F.cross_entropy(scores, right, reduction="sum")
+    all others are negatives. Identical embeddings give exactly ln M for each query.
+
+    scores: so many are in memory at a time. More are computed in blocks of rows, whose scores are
+    forgotten and computed again for the gradient: of 65,536 pairs, all would take 16 GiB."""
+
+    def of_rows(query, first):
+        cosines = query @ document.T  # (rows, M)
+        right = torch.arange(first, first + len(query), device=query.device)
+        return F.cross_entropy(cosines / temperature, right, reduction="sum")
+
+    rows = max(1, scores // len(document))
+    if rows >= len(query):
+        return of_rows(query, first)
+    blocks = enumerate(query.split(rows))
+    return sum(checkpoint(of_rows, q, first + i * rows, use_reentrant=False) for i, q in blocks)
 
 
 class Gather(torch.autograd.Function):

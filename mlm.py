@@ -148,6 +148,26 @@ class Masker:
         return inputs, cu_seqlens, torch.from_numpy(places), torch.from_numpy(answers)
 
 
+def backpropagate(model, tokens, cu_seqlens, places, answers, masked, scores=1 << 25):
+    """The loss of a micro-batch, its gradient added to the weights: the cross-entropy of its masked
+    tokens, over `masked`, how many the global batch has. So micro-batches add up to the mean.
+
+    Scores of the vocabulary, (M, V), are the largest matrix of all: 2.4 GB for the 20,000 masked
+    tokens of a micro-batch of the paper preset, and as much again for their gradient. The head does
+    `scores` of them at a time, forward and backward; the encoder goes backward once, from the
+    gradient of its hidden states."""
+    hidden = model.bert(tokens, cu_seqlens)[places]  # (M, C)
+    cut_off = hidden.detach().requires_grad_()
+    rows, loss = max(1, scores // model.config.vocab_size), 0.0
+    for x, right in zip(cut_off.split(rows), answers.split(rows), strict=True):
+        logits = model.cls["predictions"](x).float()  # (rows, V)
+        part = F.cross_entropy(logits, right, reduction="sum") / masked
+        part.backward()
+        loss += part.detach()
+    hidden.backward(cut_off.grad)
+    return loss
+
+
 @torch.no_grad()
 def held_out_scores(model, texts, piece=None, micro_batch_tokens=8192):
     """How well the model fills masks in texts that it never saw: the loss (M,) of each masked
@@ -225,12 +245,7 @@ def main(arguments):
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
         for micro_batch in micro_batches:
-            tokens, cu_seqlens, places, answers = (part.to(device) for part in micro_batch)
-            scores = model(tokens, cu_seqlens, places)  # (M, V)
-            # this micro-batch's part of the mean over all masked tokens of the global batch
-            part = F.cross_entropy(scores.float(), answers, reduction="sum") / masked
-            part.backward()
-            loss += part.detach()
+            loss += backpropagate(model, *(part.to(device) for part in micro_batch), masked)
         common.sum_gradients(model)
         lr = common.set_lr(optimizer, learning_rate(step, config))
         optimizer.step()

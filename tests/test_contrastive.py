@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
-from tiny import tiny_model
+from tiny import LargestTensor, tiny_model
 
 from contrastive import (
     Config,
@@ -101,6 +101,28 @@ def test_every_text_is_encoded_whatever_the_micro_batches():
         groups = micro_batches(lengths, budget)
         assert sorted(np.concatenate(groups)) == list(range(50))
         assert all(len(g) == 1 or sum(lengths[i] for i in g) <= budget for g in groups)
+
+
+@pytest.mark.parametrize("scores", [1, 1000, 10_000])
+def test_info_nce_in_blocks_of_rows_is_that_of_the_whole_matrix(scores):
+    gradients = {}
+    for limit in (1 << 25, scores):
+        query, document = (unit_rows(100, seed=i).requires_grad_() for i in (1, 2))
+        loss = info_nce(query[:60], document, 0.05, first=30, scores=limit)
+        loss.backward()
+        gradients[limit] = (loss.detach(), query.grad, document.grad)
+    for whole, blocks in zip(*gradients.values(), strict=True):
+        torch.testing.assert_close(blocks, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_no_matrix_of_scores_is_larger_than_a_block():
+    query, document = (torch.randn(512, 16).requires_grad_() for _ in range(2))
+    with LargestTensor() as largest:
+        info_nce(query, document, 0.05, scores=64 * 512).backward()
+    assert largest.elements == 64 * 512
+    with LargestTensor() as largest:
+        info_nce(query, document, 0.05).backward()
+    assert largest.elements == 512 * 512
 
 
 # ------------------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_model
+from tiny import LargestTensor, tiny_model
 
 from data.store import pack
-from mlm import Config, Masker, held_out_scores, learning_rate, mask_tokens
+from mlm import Config, Masker, backpropagate, held_out_scores, learning_rate, mask_tokens
 from model import NomicBertForMaskedLM
 
 MASK, SPECIAL, VOCABULARY = 4, [0, 2, 3, 4], 1000
@@ -108,3 +108,39 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing():
     assert max(rates) == rates[59] == rates[60] == 1.0
     assert rates[0] == pytest.approx(1 / 60) and rates[-1] == pytest.approx(1 / 940)
     assert all(np.diff(rates[:60]) > 0) and all(np.diff(rates[60:]) < 0)
+
+
+def micro_batch(tokenizer):
+    texts = [np.arange(5, 105), np.arange(20, 90)]
+    return Masker(tokenizer)(texts, 0.3, [[0], [1]])
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("scores", [1, 2000, 1 << 25])
+def test_the_head_in_pieces_has_the_gradient_of_the_whole(tokenizer, scores):
+    """Of the loss as one writes it down: the mean cross-entropy of all masked tokens."""
+    whole, pieces = (tiny_model(tokenizer, NomicBertForMaskedLM) for _ in range(2))
+    tokens, cu_seqlens, places, answers = micro_batch(tokenizer)
+    expected = F.cross_entropy(whole(tokens, cu_seqlens, places), answers)
+    expected.backward()
+    batch = (tokens, cu_seqlens, places, answers, len(places))
+    loss = backpropagate(pieces, *batch, scores=scores)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradients(pieces)[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_scores_of_the_vocabulary_are_never_all_in_memory(tokenizer):
+    model = tiny_model(tokenizer, NomicBertForMaskedLM, vocab_size=2048)
+    batch = micro_batch(tokenizer)
+    with LargestTensor() as largest:
+        backpropagate(model, *batch, 50, scores=10 * 2048)
+    words = model.bert.embeddings.word_embeddings.weight.numel()
+    assert largest.elements == words, "the table of words is larger than ten rows of scores"
+    with LargestTensor() as largest:
+        backpropagate(model, *batch, 50)
+    places = batch[2]
+    assert len(places) * 2048 < words or largest.elements == len(places) * 2048

@@ -1,6 +1,7 @@
 """Small things to test with: made here, in a moment, the same at every call."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import Config, NomicBert
 
@@ -21,3 +22,18 @@ def tiny_model(tokenizer=None, cls=NomicBert, **shape):
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     (model if cls is NomicBert else model.bert).tokenizer = tokenizer
     return model
+
+
+class LargestTensor(TorchDispatchMode):
+    """Within it, the number of elements of the largest tensor that any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 4)
+        return result
