@@ -17,6 +17,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,6 +44,9 @@ def start_processes(config):
         if type(value) is int and value < (key not in MAY_BE_ZERO):
             least, key = int(key not in MAY_BE_ZERO), key.replace("_", "-")
             raise InputError(f"--{key}={value}: give {least} or more")
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if restarts and Path(config.out, "state.pt").is_file():
+        config.resume = True  # torchrun --max-restarts began anew after a process died
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return 0, 1, torch.device("cuda" if cuda else "cpu")
@@ -75,7 +80,8 @@ def sum_over_processes(value):
     """The sum of a number or a tensor over all processes."""
     if not dist.is_initialized():
         return value
-    total = torch.as_tensor(value).clone()
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.as_tensor(value, device=device).clone()
     dist.all_reduce(total)
     return total
 
@@ -96,13 +102,8 @@ def sum_gradients(model):
 # ------------------------------------------------------------------------------------------------
 # What a run begins with
 
-SHAPE = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "rope_base",
-)
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+SHAPE += ("rope_base",)
 
 
 def make_default_data(folder):
@@ -236,22 +237,51 @@ def load_state(config, model, optimizer):
     optimizer.load_state_dict(state["optimizer"])
     if is_first() and log_path.is_file():  # what came after the checkpoint is about to come again
         lines = log_path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+        whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
+        kept = [line for line in whole if json.loads(line)["step"] <= state["step"]]
         replace(log_path, lambda temporary: temporary.write_text("".join(kept)))
     print0(f"resuming {config.out} at step {state['step']}")
     return state["step"]
 
 
+def saves(done, config):
+    """Whether a checkpoint is due after so many steps: by its own clock, at the end, and when a
+    signal asked to stop. Several processes have to agree on that: they do, at every logged step."""
+    if done % config.save_every == 0 or done in (config.steps, config.stop_after):
+        return True
+    if dist.is_initialized() and done % config.log_every:
+        return False
+    return sum_over_processes(len(asked_to_stop)) > 0
+
+
 def save(config, model, optimizer, step):
-    """Writes the checkpoint: all that a resume needs, then the model for everybody else."""
+    """Writes the checkpoint: the model for everybody, then all that a resume needs. Leaves, if a
+    signal asked for it."""
     from card import write_card
 
     if is_first():
+        model.save_pretrained(config.out)
+        write_card(config.out)
         state = {"step": step, "config": asdict(config)}
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         replace(Path(config.out, "state.pt"), lambda path: torch.save(state, path))
-        model.save_pretrained(config.out)
-        write_card(config.out)
+    if step < config.steps and sum_over_processes(len(asked_to_stop)):
+        number = signal.Signals(asked_to_stop[0] if asked_to_stop else signal.SIGTERM)
+        print0(
+            f"\nstopped by {number.name}: {config.out} is saved at step {step}, go on by --resume"
+        )
+        sys.exit(128 + number)
+
+
+asked_to_stop = []  # the signals that came
+
+
+def remember(number, frame):
+    """SIGTERM, the warning that preemptible machines get, and Ctrl-C let the step end, save and
+    leave (`saves`, `save`); a second Ctrl-C leaves at once."""
+    if number == signal.SIGINT and number in asked_to_stop:
+        raise KeyboardInterrupt
+    asked_to_stop.append(number)
 
 
 def replace(path, write):
@@ -275,9 +305,18 @@ def replace(path, write):
 def steps(start, config):
     """The numbers of the steps still to do, behind a progress bar in the first process."""
     end = min(config.steps, config.stop_after or config.steps)
-    return tqdm(
-        range(start, end), initial=start, total=config.steps, mininterval=1, disable=not is_first()
-    )
+
+    def numbers():
+        asked_to_stop.clear()
+        before = {n: signal.signal(n, remember) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield from range(start, end)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    quiet = not is_first()
+    return tqdm(numbers(), initial=start, total=config.steps, mininterval=1, disable=quiet)
 
 
 def finite(loss, step, config):

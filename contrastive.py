@@ -281,7 +281,7 @@ def main(arguments):
         optimizer.step()
         seconds, done = time.perf_counter() - began, step + 1
 
-        saves = done % config.save_every == 0 or done in (config.steps, config.stop_after)
+        saves = common.saves(done, config)
         if done % config.log_every == 0 or saves:
             loss = common.finite(common.sum_over_processes(loss), done, config)
             tokens = int(common.sum_over_processes(sum(map(len, texts))))

@@ -5,15 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from tiny import LargestTensor, tiny_model
 
+from bench import gradients as gradients_bench
 from contrastive import (
     Config,
     embed,
-    gather,
     grad_cache,
     info_nce,
     keep_only_embeddings,
@@ -129,52 +127,15 @@ def test_no_matrix_of_scores_is_larger_than_a_block():
 # Several processes
 
 
-def gradient_of_share(rank, world, port, ways, results):
-    """What one of `world` processes contributes, for different ways to gather documents."""
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    query, document = unit_rows(8, seed=1), unit_rows(8, seed=2)
-    transform = torch.eye(16, dtype=torch.float64) + unit_rows(16, seed=3)
-    share = 8 // world
-    mine = slice(rank * share, (rank + 1) * share)
-    for way in ways:
-        weight = transform.clone().requires_grad_()
-        q, d = (
-            F.normalize(query[mine] @ weight, dim=-1),
-            F.normalize(document[mine] @ weight, dim=-1),
-        )
-        if way == "exact":
-            loss = info_nce(q, gather(d), 0.05, first=rank * share) / 8
-        elif way == "without gradient":
-            everyone = gather(d.detach())
-            everyone = torch.cat([everyone[: mine.start], d, everyone[mine.stop :]])
-            loss = info_nce(q, everyone, 0.05, first=rank * share) / 8
-        elif way == "not gathered":
-            loss = info_nce(q, d, 0.05) / 8
-        loss.backward()
-        dist.all_reduce(weight.grad)
-        if rank == 0:
-            results[way] = weight.grad
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_only_gathering_with_gradient_has_the_gradient_of_one_process(world):
-    """Size and direction (cosine) of the gradient over the true one; the table of the README."""
-    query, document = unit_rows(8, seed=1), unit_rows(8, seed=2)
-    weight = (torch.eye(16, dtype=torch.float64) + unit_rows(16, seed=3)).requires_grad_()
-    q, d = F.normalize(query @ weight, dim=-1), F.normalize(document @ weight, dim=-1)
-    (info_nce(q, d, 0.05) / 8).backward()
-    true = weight.grad.flatten()
-
-    ways = ("exact", "without gradient", "not gathered")
-    results = multiprocessing.Manager().dict()
-    port = 20_000 + np.random.default_rng().integers(20_000)
-    multiprocessing.spawn(gradient_of_share, (world, port, ways, results), nprocs=world)
-    found = {way: results[way].flatten() for way in ways}
-    cosine = {way: F.cosine_similarity(found[way], true, dim=0).item() for way in ways}
-    assert torch.allclose(found["exact"], true, rtol=1e-10, atol=1e-14)
-    assert cosine["exact"] > cosine["without gradient"] > cosine["not gathered"]
-    assert cosine["without gradient"] < 0.999
+def test_only_gathering_with_gradient_has_the_gradient_of_one_process():
+    """Size and direction (cosine) of the gradient over the true one, with 2 and 4 processes."""
+    found = gradients_bench.measure(gradients_bench.Options(pairs=16))
+    for world in (2, 4):
+        size, cosine = found[world, "exact"]
+        assert size == pytest.approx(1, abs=1e-12) and cosine == pytest.approx(1, abs=1e-12)
+        size, cosine = found[world, "averaged"]
+        assert size == pytest.approx(1 / world) and cosine == pytest.approx(1)
+        assert found[world, "not gathered"][1] < found[world, "without gradient"][1] < 0.999
 
 
 def test_the_learning_rate_falls_with_the_inverse_square_root():

@@ -1,0 +1,101 @@
+"""Peak memory of a contrastive step as the batch grows, with and without GradCache.
+
+    python bench/memory.py                         # the laptop model, 1,024 to 16,384 pairs
+    python bench/memory.py --batches=256,512       # quick
+
+With GradCache the activations of one micro-batch are in memory at a time. What grows with the batch
+is its embeddings with their gradients, 16 C bytes a pair, and the token ids; scores stop at 2 ** 25
+at a time (info_nce), 128 MiB, of which cross-entropy and its gradient make a few copies. Without
+GradCache the activations of the whole batch are kept.
+
+Each line is a process of its own on the CPU: the peak of its memory less what it had before.
+"""
+
+import multiprocessing
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from contrastive import Config as Stage
+from contrastive import embed, grad_cache, info_nce
+from data import store
+from model import Config, NomicBert, fast_dtype
+from options import read_options, run
+
+
+@dataclass
+class Options:
+    data: str = "out/pydocs"  # a data folder
+    source: str = "name-docstring"  # of its stage 2, the one that pairs come from
+    batches: str = "1024,2048,4096,8192,16384"  # pairs
+    micro_batch_tokens: int = 16_384  # the same for all batches
+    longest: int = 4096  # pairs that are tried without GradCache
+
+
+def peak():
+    """The most memory that this process ever had, in MiB. (macOS counts bytes, Linux KiB.)"""
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def step(pairs, cached, options, result):
+    """Forward and backward of one batch; puts (tokens, MiB, seconds) into result."""
+    shape = Stage()
+    tokenizer = store.load_tokenizer(options.data)
+    model = NomicBert(
+        Config(
+            vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,
+            hidden_size=shape.hidden_size,
+            num_hidden_layers=shape.num_hidden_layers,
+            num_attention_heads=shape.num_attention_heads,
+            intermediate_size=shape.intermediate_size,
+        )
+    )
+    model.dtype = fast_dtype(model.device)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # is there at any batch size
+    source = store.Source(f"{options.data}/stage2/{options.source}", tokenizer)
+    texts = source.texts("query", range(pairs), shape.query_tokens)
+    texts += source.texts("document", range(pairs), shape.document_tokens)
+
+    def loss_of(embeddings):
+        return info_nce(*embeddings.chunk(2), shape.temperature) / pairs
+
+    before, began = peak(), time.perf_counter()
+    if cached:
+        grad_cache(model, texts, loss_of, options.micro_batch_tokens)
+    else:
+        loss_of(embed(model, texts, options.micro_batch_tokens)).backward()
+    seconds = time.perf_counter() - began
+    result.put((sum(map(len, texts)), peak() - before, seconds, model.config.hidden_size))
+
+
+def main(arguments):
+    options, _ = read_options(Options, arguments)
+    context = multiprocessing.get_context("spawn")
+    print(
+        f"{'pairs':>8}{'tokens':>10}{'GradCache':>12}{'of it embeddings':>18}{'tokens/s':>10}"
+        f"{'without':>12}{'tokens/s':>10}"
+    )
+    for pairs in map(int, options.batches.split(",")):
+        cells = []
+        for cached in (True, False)[: 1 + (pairs <= options.longest)]:
+            result = context.Queue()
+            process = context.Process(target=step, args=(pairs, cached, options, result))
+            process.start()
+            tokens, memory, seconds, size = result.get()
+            process.join()
+            cells.append(f"{memory:8,.0f} MiB")
+            if cached:
+                cells.append(f"{pairs * 2 * 2 * size * 4 / (1 << 20):14,.0f} MiB")
+            cells.append(f"{tokens / seconds:10,.0f}")
+        print(f"{pairs:8,}{tokens:10,}" + "".join(cells), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
