@@ -127,7 +127,7 @@ def learning_rate(step, config):
 # The lesson: InfoNCE
 
 
-def info_nce(query, document, temperature, first=0, scores=1 << 25):
+def info_nce(query, document, temperature, first=0, scores=1 << 23):
     """Choose each query's document among all (eq. 1): the sum, over queries, of
     -log softmax(cosines with all documents / temperature)[the right one].
 

@@ -4,17 +4,18 @@
     python bench/memory.py --batches=256,512       # quick
 
 With GradCache the activations of one micro-batch are in memory at a time. What grows with the batch
-is its embeddings with their gradients, 16 C bytes a pair, and the token ids; scores stop at 2 ** 25
-at a time (info_nce), 128 MiB, of which cross-entropy and its gradient make a few copies. Without
+is its embeddings with their gradients, 16 C bytes a pair, and the token ids; scores stop at 2 ** 23
+at a time (info_nce), 32 MiB, of which cross-entropy and its gradient make a few copies. Without
 GradCache the activations of the whole batch are kept.
 
-Each line is a process of its own on the CPU: the peak of its memory less what it had before.
+Each line is a process of its own on the CPU: the peak of its memory less what it had before. It is
+told to give back what it frees (glibc would keep much of it, in pieces too small to use again).
 """
 
 import multiprocessing
+import os
 import resource
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def peak():
 
 
 def step(pairs, cached, options, result):
-    """Forward and backward of one batch; puts (tokens, MiB, seconds) into result."""
+    """Forward and backward of one batch; puts (tokens, MiB, hidden size) into result."""
     shape = Stage()
     tokenizer = store.load_tokenizer(options.data)
     model = NomicBert(
@@ -66,34 +67,30 @@ def step(pairs, cached, options, result):
     def loss_of(embeddings):
         return info_nce(*embeddings.chunk(2), shape.temperature) / pairs
 
-    before, began = peak(), time.perf_counter()
+    before = peak()
     if cached:
         grad_cache(model, texts, loss_of, options.micro_batch_tokens)
     else:
         loss_of(embed(model, texts, options.micro_batch_tokens)).backward()
-    seconds = time.perf_counter() - began
-    result.put((sum(map(len, texts)), peak() - before, seconds, model.config.hidden_size))
+    result.put((sum(map(len, texts)), peak() - before, model.config.hidden_size))
 
 
 def main(arguments):
     options, _ = read_options(Options, arguments)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)  # bytes; for the processes started below
     context = multiprocessing.get_context("spawn")
-    print(
-        f"{'pairs':>8}{'tokens':>10}{'GradCache':>12}{'of it embeddings':>18}{'tokens/s':>10}"
-        f"{'without':>12}{'tokens/s':>10}"
-    )
+    print(f"{'pairs':>8}{'tokens':>10}{'GradCache':>12}{'of it embeddings':>18}{'without':>12}")
     for pairs in map(int, options.batches.split(",")):
         cells = []
         for cached in (True, False)[: 1 + (pairs <= options.longest)]:
             result = context.Queue()
             process = context.Process(target=step, args=(pairs, cached, options, result))
             process.start()
-            tokens, memory, seconds, size = result.get()
+            tokens, memory, size = result.get()
             process.join()
             cells.append(f"{memory:8,.0f} MiB")
             if cached:
                 cells.append(f"{pairs * 2 * 2 * size * 4 / (1 << 20):14,.0f} MiB")
-            cells.append(f"{tokens / seconds:10,.0f}")
         print(f"{pairs:8,}{tokens:10,}" + "".join(cells), flush=True)
 
 

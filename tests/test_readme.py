@@ -16,6 +16,8 @@ SMALL = {
     "bench/train.py": "--steps=4",
     "bench/parity.py": "--layers=1 --hidden-size=64 --longest=512",
     "bench/encode.py": "--layers=1 --hidden-size=64 --texts=8 --rounds=1",
+    "bench/faults.py": "--kills=1 --steps=2 --stages=mlm",
+    "bench/memory.py": "--batches=64 --source=name-code",
     "bench/ablations.py": "--seeds=1 --scale=0.001 --rows='without stage 3'",
 }
 
