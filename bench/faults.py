@@ -9,6 +9,7 @@ weights and its log have to equal those of an undisturbed run, bit for bit. The 
 is put to the test is the plumbing.
 """
 
+import math
 import os
 import random
 import signal
@@ -107,7 +108,8 @@ def torment(stage, options, folder):
             while code == -signal.SIGKILL:
                 resume = ["--resume"] * (out / "state.pt").is_file()
                 process = start(stage, [*common, f"--out={out}", *resume], output)
-                delay = moments.uniform(0, seconds)
+                enough = kills >= options.kills
+                delay = math.inf if enough else moments.uniform(0, seconds)
                 code = kill_or_end(process, out, delay, while_writing=kills % 2)
                 kills += code == -signal.SIGKILL
                 writing += code == -signal.SIGKILL and any(out.rglob("*.tmp"))
