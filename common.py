@@ -211,6 +211,8 @@ def begin(config, origin, model, optimizer):
         print(f"{out} held an earlier run: that is {out}.previous now")
     if is_first() and not (config.resume and (out / "run.json").is_file()):
         write_run(config, origin, model)
+    if is_first() and step < config.steps:
+        (out / "results.json").unlink(missing_ok=True)  # evaluate.py measured other weights
     save(config, model, optimizer, step)  # a full disk shows itself now, and not in an hour
     wait_for_all()
     return step
@@ -307,11 +309,11 @@ def steps(start, config):
     end = min(config.steps, config.stop_after or config.steps)
 
     def numbers():
-        asked_to_stop.clear()
         before = {n: signal.signal(n, remember) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield from range(start, end)
         finally:
+            asked_to_stop.clear()
             for number, handler in before.items():
                 signal.signal(number, handler)
 

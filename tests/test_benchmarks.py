@@ -253,6 +253,18 @@ def test_the_model_card_is_filled_from_the_files_of_the_run(data, tmp_path):
     assert f"| Spearman | {card.shown(spearman)} |" in (out / "README.md").read_text()
 
 
+def test_results_leave_the_model_card_when_training_goes_on(data, tmp_path):
+    import mlm
+
+    out = tmp_path / "run"
+    arguments = [f"--data={data}", f"--out={out}", "--steps=4", "--batch-size=8"]
+    mlm.main([*arguments, "--hidden-size=64", "--num-attention-heads=2", "--stop-after=2"])
+    evaluate.record(out, "a task", {"score": 0.5})
+    assert "| a task | score | 0.5 |" in (out / "README.md").read_text()
+    mlm.main([*arguments, "--hidden-size=64", "--num-attention-heads=2", "--resume"])
+    assert "a task" not in (out / "README.md").read_text()
+
+
 # ------------------------------------------------------------------------------------------------
 # Real data, where it lies beside the project
 
