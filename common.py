@@ -52,11 +52,15 @@ def start_processes(config):
         return 0, 1, torch.device("cuda" if cuda else "cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # after a restart torchrun's store still has the addresses of the processes that died
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt-{restarts}", store)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world
+        )
     if cuda:
         torch.cuda.set_device(device)
-    world = dist.get_world_size()
-    if config.batch_size % world:
+    if config.batch_size % (world := dist.get_world_size()):
         raise InputError(f"--batch-size={config.batch_size} does not divide by {world} processes")
     return dist.get_rank(), world, device
 
@@ -336,13 +340,8 @@ def log(config, bar, record, sample=""):
         return
     with open(Path(config.out, "log.jsonl"), "a") as file:
         file.write(json.dumps(record) + "\n")
-    shown = {
-        "loss": ".3f",
-        "dev_accuracy": ".3f",
-        "dev_ndcg": ".3f",
-        "lr": ".1e",
-        "tokens_per_second": ",.0f",
-    }
+    shown = {"loss": ".3f", "dev_accuracy": ".3f", "dev_ndcg": ".3f", "lr": ".1e"}
+    shown["tokens_per_second"] = ",.0f"
     text = " ".join(f"{key} {record[key]:{form}}" for key, form in shown.items() if key in record)
     bar.set_postfix_str(text, refresh=False)
     if sample:
