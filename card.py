@@ -124,7 +124,7 @@ def write_card(directory):
         directory=directory,
         pipeline="fill-mask" if run["stage"] == "mlm" else "sentence-similarity",
         parameters=run["parameters"],
-        title=TITLES.get(run["stage"], run["stage"]),
+        title=TITLES[run["stage"]],
         prefixes=", ".join(f"`{prefix}`" for prefix in PREFIXES.values()),
         length=run["trained_length"],
         command=" ".join([f"python {run['stage']}.py", *given]),

@@ -47,8 +47,8 @@ class Options:
     model: str = ""  # a checkpoint directory or a name on the hub; empty: the last stage trained
     split: str = "test"  # the ladder's held-out modules: test, or dev while tuning
     max_tokens: int = 0  # texts are cut to this length; 0: the length that the model was trained at
-    dims: int = 0  # the first dimensions of embeddings only, after Matryoshka; 0: all
-    rope_factor: float = 0.0  # Dynamic NTK with this s beyond the trained length; 0: as it is saved
+    dims: int = 0  # sts, retrieval, mteb: only the first dimensions, after Matryoshka; 0: all
+    rope_factor: float = 0.0  # sts, retrieval, mteb: Dynamic NTK with this s; 0: as it is saved
     tasks: str = ""  # mteb: names of tasks, files of pairs, folders in the BEIR layout, with commas
     seed: int = 0  # of the random weights
 

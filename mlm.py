@@ -221,10 +221,8 @@ def main(arguments):
 
     torch.manual_seed(config.seed)
     model = NomicBertForMaskedLM(common.model_shape(config, tokenizer, config.seq_len)).to(device)
-    model.bert.tokenizer, model.bert.dtype = (
-        tokenizer,
-        common.choose_dtype(config.precision, device),
-    )
+    model.bert.tokenizer = tokenizer
+    model.bert.dtype = common.choose_dtype(config.precision, device)
     optimizer = common.adamw(model, config, betas=(0.9, config.beta2), eps=1e-6)  # eps [code]
     start = common.begin(config, origin, model, optimizer)
 

@@ -228,6 +228,7 @@ class NomicBert(nn.Module):
             raise InputError("encode takes a list of texts: write [text]")
         if self.tokenizer is None:
             raise InputError("there was no tokenizer.json beside the model: set model.tokenizer")
+        texts = list(texts)
         texts = [
             cut(np.array(encoding.ids), max_tokens)
             for start in range(0, len(texts), 10_000)  # an encoding takes more memory than its ids

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train import matrix_rate
+from train import matrix_rate, operations_per_token
 
 from data import store
 from model import Config, NomicBert
@@ -63,9 +63,8 @@ def texts_of(lengths, tokenizer, data, rng):
 
 
 def operations(config, lengths):
-    """Useful operations of one forward pass over texts of these lengths."""
-    C, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    return sum(layers * (2 * (4 * C * C + 3 * C * inner) + 4 * C * n) * n for n in lengths)
+    """Useful operations of one forward pass over texts of these lengths: a third of training's."""
+    return sum(n * operations_per_token(config, config.vocab_size, n, 0.0) for n in lengths) / 3
 
 
 def timed(encode, texts):

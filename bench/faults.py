@@ -1,6 +1,6 @@
 """Kills a run with SIGKILL again and again, and resumes it: does it end as if nothing had happened?
 
-    python bench/faults.py                        # at least 20 kills of each stage, a few minutes
+    python bench/faults.py                        # 20 kills of each stage, a few minutes
     python bench/faults.py --kills=200 --stages=mlm
 
 A checkpoint is written after every step, and every other kill waits until a file is being written.
@@ -34,7 +34,7 @@ SMALL += ["--intermediate-size=64", "--batch-size=8", "--log-every=1", "--save-e
 class Options:
     data: str = "out/pydocs"  # a data folder
     stages: str = "mlm,contrastive,finetune"  # which to kill
-    kills: int = 20  # of each stage, at least
+    kills: int = 20  # of each stage
     steps: int = 20  # of each run; one that ends before all kills is followed by another
     seed: int = 0  # of the moments
 
@@ -83,6 +83,7 @@ def result(out):
 
 
 def last_words(folder):
+    """The end of what the runs printed, for an error message."""
     return (folder / "output").read_text()[-300:]
 
 
@@ -96,9 +97,7 @@ def torment(stage, options, folder):
         began = time.monotonic()
         reference = start(stage, [*common, f"--out={folder / 'reference'}"], output)
         if os.waitstatus_to_exitcode(os.waitpid(reference, 0)[1]):
-            raise InputError(
-                f"the undisturbed run failed: {(folder / 'output').read_text()[-300:]}"
-            )
+            raise InputError(f"the undisturbed run failed: {last_words(folder)}")
         seconds = time.monotonic() - began
         kills = writing = runs = 0
         while kills < options.kills:
@@ -114,10 +113,7 @@ def torment(stage, options, folder):
                 kills += code == -signal.SIGKILL
                 writing += code == -signal.SIGKILL and any(out.rglob("*.tmp"))
             if code:
-                text = (folder / "output").read_text()[-300:]
-                raise InputError(
-                    f"{stage.__name__}: after {kills} kills a run ended with {code}: {text}"
-                )
+                raise InputError(f"after {kills} kills a run ended by itself: {last_words(folder)}")
             if result(out) != result(folder / "reference"):
                 raise InputError(f"{stage.__name__}: run {runs} differs from the undisturbed one")
     return kills, writing, runs

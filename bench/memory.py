@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import model_shape
 from contrastive import Config as Stage
 from contrastive import embed, grad_cache, info_nce
 from data import store
-from model import Config, NomicBert, fast_dtype
+from model import NomicBert, fast_dtype
 from options import read_options, run
 
 
@@ -48,15 +49,7 @@ def step(pairs, cached, options, result):
     """Forward and backward of one batch; puts (tokens, MiB, hidden size) into result."""
     shape = Stage()
     tokenizer = store.load_tokenizer(options.data)
-    model = NomicBert(
-        Config(
-            vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,
-            hidden_size=shape.hidden_size,
-            num_hidden_layers=shape.num_hidden_layers,
-            num_attention_heads=shape.num_attention_heads,
-            intermediate_size=shape.intermediate_size,
-        )
-    )
+    model = NomicBert(model_shape(shape, tokenizer, shape.trained_length))
     model.dtype = fast_dtype(model.device)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # is there at any batch size

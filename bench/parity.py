@@ -1,6 +1,6 @@
 """How far our model is from transformers' own NomicBert: float32, random weights, one text at once.
 
-    python bench/parity.py                             # the published shape, ten minutes
+    python bench/parity.py                             # the published shape, some minutes
     python bench/parity.py --layers=2 --hidden-size=64 # in seconds
 
 Numbers are the largest difference relative to the largest value, for hidden states, for pooled

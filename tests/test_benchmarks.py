@@ -57,7 +57,7 @@ def test_correlations_equal_scipys():
 
 def write_pairs(path, pairs=PAIRS, header=False):
     separator = "\t" if ".tsv" in path.name else ","
-    quote = (lambda text: text) if separator == "\t" else json_like
+    quote = (lambda text: text) if separator == "\t" else quoted
     lines = [separator.join([quote(a), quote(b), str(score)]) for a, b, score in pairs]
     lines = ["sentence1" + separator + "sentence2" + separator + "score"] * header + lines
     with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
@@ -65,7 +65,7 @@ def write_pairs(path, pairs=PAIRS, header=False):
     return path
 
 
-def json_like(text):
+def quoted(text):
     return '"' + text.replace('"', '""') + '"'
 
 

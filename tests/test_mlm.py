@@ -134,7 +134,7 @@ def test_the_head_in_pieces_has_the_gradient_of_the_whole(tokenizer, scores):
 
 
 def test_scores_of_the_vocabulary_are_never_all_in_memory(tokenizer):
-    model = tiny_model(tokenizer, NomicBertForMaskedLM, vocab_size=2048)
+    model = tiny_model(tokenizer, NomicBertForMaskedLM, vocab_size=2048, hidden_size=32)
     batch = micro_batch(tokenizer)
     with LargestTensor() as largest:
         backpropagate(model, *batch, 50, scores=10 * 2048)
@@ -143,4 +143,4 @@ def test_scores_of_the_vocabulary_are_never_all_in_memory(tokenizer):
     with LargestTensor() as largest:
         backpropagate(model, *batch, 50)
     places = batch[2]
-    assert len(places) * 2048 < words or largest.elements == len(places) * 2048
+    assert largest.elements == len(places) * 2048 > words
