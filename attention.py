@@ -1,40 +1,111 @@
 """Attention over packed texts: within each text, and as if the others were not there.
 
-A packed batch has texts of many lengths. PyTorch's own attention wants a rectangle, so texts of
-equal length share a call, and nothing is computed for padding. This is the portable path, for every
-machine; a GPU with kernels that take cu_seqlens itself needs no grouping, and such paths belong
-behind the same function.
+Three ways to compute the same thing. One is chosen when a run starts (`choose`, --attention):
+
+    flash-attn   flash_attn_varlen_func of the package flash-attn     CUDA, half precision
+    varlen       varlen_attn of torch itself, from 2.11 on            CUDA, half precision
+    portable     PyTorch's attention, a call for each length          everywhere, any precision
+
+The first two are kernels that read cu_seqlens themselves: one call for all texts. PyTorch's own
+attention wants a rectangle, so for the portable way texts of equal length share a call. None of
+them computes anything for padding.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data.store import send
+from options import InputError
 
-def length_groups(cu_seqlens):
-    """Brings texts of equal length together.
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
 
-    -> (order, groups). groups: a (length, number of texts) for each run, the longest first. order:
-    how to permute the tokens to get there, or None where they stand so already, as they do in our
-    own micro-batches."""
-    lengths = cu_seqlens.diff().cpu().numpy()  # (B,)
+WAYS = ("auto", "flash-attn", "varlen", "portable")
+
+
+def choose(wanted, device, dtype):
+    """The way to compute attention: the one wanted, or for "auto" the first that works here.
+
+    Raises InputError for one that does not work here, saying why."""
+    if wanted not in WAYS:
+        raise InputError(f"--attention={wanted}: give {', '.join(WAYS)}")
+    missing = {  # way -> why not
+        "flash-attn": "pip install flash-attn" if flash_attn_varlen_func is None else "",
+        "varlen": "it comes with torch 2.11" if varlen_attn is None else "",
+        "portable": "",
+    }
+    for way in ("flash-attn", "varlen"):
+        if device.type != "cuda":
+            missing[way] = "it needs a CUDA GPU: leave it out, or give --attention=portable"
+        elif dtype not in (torch.bfloat16, torch.float16):
+            missing[way] = f"it computes in bf16, not in {dtype}: add --precision=bf16"
+    if wanted != "auto" and missing[wanted]:
+        raise InputError(f"--attention={wanted}: {missing[wanted]}")
+    return wanted if wanted != "auto" else next(way for way in missing if not missing[way])
+
+
+@dataclass
+class Packing:
+    """Where the texts of a packed batch are, as the chosen way wants to know it."""
+
+    way: str
+    cu_seqlens: torch.Tensor  # (B + 1,) int32, on the device
+    longest: int  # tokens, or more: the kernels size their grid by it
+    groups: list  # (length, number of texts) of each run of equal lengths; of the portable way only
+
+
+def packing(cu_seqlens, way, device):
+    """-> (order, Packing). order: how to permute the tokens so that texts of equal length come
+    together, the longest first; None where they stand right already, as in our own micro-batches.
+
+    cu_seqlens (B + 1,) int32 is best on the CPU, where its numbers are needed: to fetch them from a
+    GPU is to wait until all that was asked of it is done."""
+    host = cu_seqlens.cpu().numpy()
+    lengths = np.diff(host)  # (B,)
+    cu_seqlens = send(cu_seqlens, device)
+    if way != "portable":
+        # a power of two: few values, for each of which torch.compile may compile anew
+        longest = 1 << max(6, int(lengths.max() - 1).bit_length())
+        return None, Packing(way, cu_seqlens, longest, [])
     order = None
     if (np.diff(lengths) > 0).any():
-        starts, by_length = cu_seqlens[:-1].cpu().numpy(), np.argsort(-lengths, kind="stable")
-        parts = [np.arange(starts[i], starts[i] + lengths[i]) for i in by_length]
-        order = torch.from_numpy(np.concatenate(parts)).to(cu_seqlens.device)  # (N,)
+        by_length = np.argsort(-lengths, kind="stable")
+        parts = [np.arange(host[i], host[i + 1]) for i in by_length]
+        order = send(np.concatenate(parts), device)  # (N,)
     values, counts = np.unique(-lengths, return_counts=True)
-    return order, [(-int(value), int(count)) for value, count in zip(values, counts, strict=True)]
+    groups = [(-int(value), int(count)) for value, count in zip(values, counts, strict=True)]
+    return order, Packing(way, cu_seqlens, groups[0][0], groups)
 
 
-def attention(q, k, v, groups):
-    """Attention within each text: (N, H, D) each -> (N, H, D).
+def attention(q, k, v, packing):
+    """softmax(Q K^T / sqrt(D)) V within each text: (N, H, D) each -> (N, H, D)."""
+    if packing.way == "portable":
+        return portable_attention(q, k, v, packing)
+    kernel = flash_attn_varlen_func if packing.way == "flash-attn" else varlen_attn
+    texts, longest = packing.cu_seqlens, packing.longest
+    return kernel(q, k, v, texts, texts, longest, longest)  # queries' texts are those of the keys
 
-    groups: from length_groups, in whose order the tokens stand."""
+
+# ------------------------------------------------------------------------------------------------
+# The portable way
+
+
+@torch.compiler.disable  # every batch has other groups, and would be compiled anew
+def portable_attention(q, k, v, packing):
+    """Attention of groups of texts of equal length, which stand together."""
     outputs = []
-    sizes = [length * texts for length, texts in groups]
+    sizes = [length * texts for length, texts in packing.groups]
     parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-    for (length, texts), part in zip(groups, parts, strict=True):
+    for (length, texts), part in zip(packing.groups, parts, strict=True):
         # (texts * length, H, D) each -> (texts, H, length, D)
         rectangles = (x.view(texts, length, *x.shape[1:]).transpose(1, 2) for x in part)
         outputs.append(attend(*rectangles).transpose(1, 2).flatten(0, 1))  # (texts * length, H, D)

@@ -1,4 +1,4 @@
-"""What all three stages need and no lesson is in: processes, a run's directory, its log.
+"""What all three stages need and no lesson is in: a run's directory, its checkpoints, its log.
 
 A run writes into one directory, out/<stage>/:
 
@@ -19,89 +19,18 @@ import os
 import shutil
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
 
+import attention
 from options import InputError, inherit
-
-# ------------------------------------------------------------------------------------------------
-# Processes
-
-
-MAY_BE_ZERO = ("seed", "warmup", "stop_after", "negatives", "tokens_in_memory")
-
-
-def start_processes(config):
-    """Joins the processes that torchrun started. Returns (rank, world size, device).
-
-    Raises InputError for numbers out of range. Batch sizes are global: this one has to divide among
-    the processes."""
-    for key, value in asdict(config).items():
-        if type(value) is int and value < (key not in MAY_BE_ZERO):
-            least, key = int(key not in MAY_BE_ZERO), key.replace("_", "-")
-            raise InputError(f"--{key}={value}: give {least} or more")
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if restarts and Path(config.out, "state.pt").is_file():
-        config.resume = True  # torchrun --max-restarts began anew after a process died
-    cuda = torch.cuda.is_available()
-    if "RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if cuda else "cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if not dist.is_initialized():
-        # after a restart torchrun's store still has the addresses of the processes that died
-        store, rank, world = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt-{restarts}", store)
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world
-        )
-    if cuda:
-        torch.cuda.set_device(device)
-    if config.batch_size % (world := dist.get_world_size()):
-        raise InputError(f"--batch-size={config.batch_size} does not divide by {world} processes")
-    return dist.get_rank(), world, device
-
-
-def is_first():
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def print0(*values):
-    """print, from one process only."""
-    if is_first():
-        print(*values, flush=True)
-
-
-def wait_for_all():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def sum_over_processes(value):
-    """The sum of a number or a tensor over all processes."""
-    if not dist.is_initialized():
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.as_tensor(value, device=device).clone()
-    dist.all_reduce(total)
-    return total
-
-
-def sum_gradients(model):
-    """Adds up the gradients of all processes, in place. Each has backpropagated its share of one
-    global loss, so that the sum is what one process with the whole batch would have found."""
-    if not dist.is_initialized():
-        return
-    gradients = [p.grad for p in model.parameters()]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message, not a hundred
-    dist.all_reduce(flat)
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, total in zip(gradients, parts, strict=True):
-        gradient.copy_(total.view_as(gradient))
-
+from processes import is_first, print0, sum_over_processes, the_same, together, wait_for_all
 
 # ------------------------------------------------------------------------------------------------
 # What a run begins with
@@ -124,19 +53,19 @@ def make_default_data(folder):
     wait_for_all()
 
 
-def model_shape(config, tokenizer, trained_length):
+def model_shape(config, vocab_size, trained_length):
     """The model's config of a run that starts from random weights."""
     from model import Config
 
     if config.hidden_size % (2 * config.num_attention_heads):
         heads = config.num_attention_heads
         raise InputError(f"--hidden-size={config.hidden_size} makes no {heads} heads of even size")
-    vocab_size = -(-tokenizer.get_vocab_size() // 64) * 64  # matrix products like multiples of 64
+    vocab_size = -(-vocab_size // 64) * 64  # matrix products like multiples of 64
     shape = {name: getattr(config, name) for name in SHAPE}
     return Config(vocab_size=vocab_size, trained_length=trained_length, **shape)
 
 
-def open_encoder(config, origin, device):
+def open_encoder(config, origin):
     """The encoder that stage 2 or 3 begins with: the checkpoint of --init, whose shape and
     tokenizer the run inherits, or random weights."""
     from data.store import load_tokenizer
@@ -144,7 +73,7 @@ def open_encoder(config, origin, device):
 
     where = config.out if config.resume else config.init
     if where:
-        model = NomicBert.from_pretrained(where)
+        model = together(lambda: NomicBert.from_pretrained(where))
         if model.tokenizer is None:
             raise InputError(f"{where} has no tokenizer.json: put that of the data there")
         names = (*SHAPE, "trained_length")
@@ -155,34 +84,59 @@ def open_encoder(config, origin, device):
         )
         tokenizer = load_tokenizer(config.data)
         torch.manual_seed(config.seed)
-        model = NomicBert(model_shape(config, tokenizer, config.trained_length))
+        model = NomicBert(model_shape(config, tokenizer.get_vocab_size(), config.trained_length))
         model.tokenizer = tokenizer
     for name in ("query_tokens", "document_tokens"):
         if getattr(config, name) > config.trained_length:
             name, limit = name.replace("_", "-"), config.trained_length
             raise InputError(f"--{name} is beyond the {limit} tokens that the model is trained for")
-    model.dtype = choose_dtype(config.precision, device)
-    return model.to(device)
+    return model
 
 
 def choose_dtype(precision, device):
-    """The type that an option names: auto, bf16 or float32."""
+    """The type that an option names: auto, bf16, float32 or float64."""
     from model import fast_dtype
 
     named = {"auto": fast_dtype(device), "bf16": torch.bfloat16, "float32": torch.float32}
+    named["float64"] = torch.float64  # of the weights as well: to compare runs, not to train
     if precision not in named:
-        raise InputError(f"--precision={precision}: give auto, bf16 or float32")
+        raise InputError(f"--precision={precision}: give auto, bf16, float32 or float64")
     return named[precision]
 
 
+def place(model, encoder, config, device):
+    """Readies a model for training on a device: precision, the way to compute attention, and
+    whether blocks are compiled. encoder: the NomicBert in the model."""
+    encoder.dtype = choose_dtype(config.precision, device)
+    encoder.attention = attention.choose(config.attention, device, encoder.dtype)
+    model.to(device, torch.float64 if encoder.dtype == torch.float64 else None)
+    if config.compile:
+        if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise InputError(
+                "--compile needs a C++ compiler on a CPU: install g++, or leave it out"
+            )
+        for layer in encoder.encoder.layers:  # all alike, so that one compilation serves them all
+            layer.compile(dynamic=True)
+    print0(
+        f"{device}, activations in {str(encoder.dtype)[6:]}, attention: {encoder.attention}"
+        + ", compiled" * config.compile
+    )
+
+
 def adamw(model, config, betas, eps):
-    """AdamW, with weight decay on matrices and not on norms."""
+    """AdamW, with weight decay on matrices and not on norms.
+
+    With --zero each process keeps the two moments of its share of the parameters only, does their
+    step, and sends them to the others: stage 1 of ZeRO (arXiv 1910.02054; the paper has stage 2).
+    FSDP2 would shard weights too, but it turns them into DTensors that every reader of the model
+    would meet; here the model stays as it is, and so do checkpoints."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     norms = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms}]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=betas, eps=eps, weight_decay=0.0, fused=True
-    )
+    settings = {"lr": config.lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "fused": True}
+    if config.zero and dist.is_initialized():
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
+    return torch.optim.AdamW(groups, **settings)
 
 
 def set_lr(optimizer, lr):
@@ -196,6 +150,7 @@ def set_lr(optimizer, lr):
 
 FREE_AT_RESUME = ("preset", "init", "out", "resume", "stop_after", "micro_batch_tokens")
 FREE_AT_RESUME += ("tokens_in_memory", "log_every", "eval_every", "save_every")
+FREE_AT_RESUME += ("attention", "compile", "zero")
 
 
 def begin(config, origin, model, optimizer):
@@ -208,11 +163,13 @@ def begin(config, origin, model, optimizer):
     print0(f"{count:,} parameters, torch {torch.__version__}")
     out, step = Path(config.out), 0
     if config.resume:
-        step = load_state(config, model, optimizer)
+        step = together(lambda: load_state(config, model, optimizer))
     elif is_first() and (out / "state.pt").exists():
         shutil.rmtree(f"{out}.previous", ignore_errors=True)
         os.rename(out, f"{out}.previous")
         print(f"{out} held an earlier run: that is {out}.previous now")
+    if not the_same((step, sum(p.detach().double().sum().item() for p in model.parameters()))):
+        raise InputError("processes begin with different weights: they read other checkpoints")
     if is_first() and not (config.resume and (out / "run.json").is_file()):
         write_run(config, origin, model)
     if is_first() and step < config.steps:
@@ -235,7 +192,7 @@ def load_state(config, model, optimizer):
             f"{path} is damaged ({type(error).__name__}); begin without --resume"
         ) from None
     for key, value in asdict(config).items():
-        before = state["config"].get(key)
+        before = state["config"].get(key, value)  # of an earlier version, without that option
         if key not in FREE_AT_RESUME and value != before:
             key = key.replace("_", "-")
             raise InputError(f"--resume keeps a run's settings: --{key} was {before}, not {value}")
@@ -265,6 +222,8 @@ def save(config, model, optimizer, step):
     signal asked for it."""
     from card import write_card
 
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.consolidate_state_dict()  # the first process gathers what it writes
     if is_first():
         model.save_pretrained(config.out)
         write_card(config.out)
@@ -323,6 +282,18 @@ def steps(start, config):
 
     quiet = not is_first()
     return tqdm(numbers(), initial=start, total=config.steps, mininterval=1, disable=quiet)
+
+
+def ahead(make):
+    """make, such that make(step + 1) is computed in a thread while step is trained on."""
+    thread, coming = ThreadPoolExecutor(1), {}
+
+    def get(step):
+        batch = coming.pop(step, None) or thread.submit(make, step)
+        coming[step + 1] = thread.submit(make, step + 1)
+        return batch.result()
+
+    return get
 
 
 def finite(loss, step, config):

@@ -28,8 +28,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import common
+import processes
 from check import check_stage
 from data import store
+from estimate import dry_run, speed
 from model import initialize
 from options import InputError, read_options, run
 from retrieval import Retrieval, dev_scores
@@ -45,7 +47,11 @@ class Config:
     resume: bool = False  # continue the run in OUT from its last checkpoint
     check: bool = False  # train nothing, and examine machine, data and a short run instead
     seed: int = 0  # decides the first weights and the order of the data
-    precision: str = "auto"  # of the activations: bf16, float32, or auto: bf16 where it is fast
+    dry_run: bool = False  # train nothing, and print what a run would take: memory, hours
+    precision: str = "auto"  # of the activations: bf16, float32, float64; auto: bf16 where fast
+    attention: str = "auto"  # flash-attn, varlen, portable, or auto: the first that works here
+    compile: bool = False  # fuse the operations of a block: pays where a run takes many minutes
+    zero: bool = False  # share the optimizer's state out among the processes (ZeRO)
 
     hidden_size: int = 256  # C; this and the next five come from the checkpoint where there is one
     num_hidden_layers: int = 1  # transformer blocks
@@ -88,6 +94,7 @@ PRESETS = {
         "document_tokens": 256,
         "micro_batch_tokens": 65_536,
         "tokens_in_memory": 262_144,
+        "compile": True,
         "steps": 1500,
         "lr": 5e-4,
         "warmup": 150,
@@ -105,6 +112,8 @@ PRESETS = {
         "document_tokens": 2048,  # documents at 256 tokens [code]
         "micro_batch_tokens": 65_536,  # ours; the released GradCache takes 64 texts [code]
         "tokens_in_memory": 65_536,
+        "compile": True,
+        "zero": True,  # sec. A has DeepSpeed's stage 2 for stage 1; no word on this one
         "steps": 14_316,  # one epoch of 234,553,344 pairs (table 7)
         "lr": 2e-4,  # the paper's first version prints 2e-5
         "warmup": 700,
@@ -181,7 +190,8 @@ def embed(model, texts, micro_batch_tokens):
     """Embeddings of B texts (id arrays), a micro-batch at a time: (B, E), in the order given."""
     groups = store.micro_batches([len(text) for text in texts], micro_batch_tokens)
     parts = [model.embed(*store.pack([texts[i] for i in group], model.device)) for group in groups]
-    return torch.cat(parts)[np.argsort(np.concatenate(groups))]
+    order = store.send(np.argsort(np.concatenate(groups)), model.device)
+    return torch.cat(parts).index_select(0, order)
 
 
 def grad_cache(model, texts, loss_of, micro_batch_tokens):
@@ -205,7 +215,7 @@ def grad_cache(model, texts, loss_of, micro_batch_tokens):
     loss.backward()
     for group in store.micro_batches([len(text) for text in texts], micro_batch_tokens):
         again = model.embed(*store.pack([texts[i] for i in group], model.device))
-        again.backward(embeddings.grad[group])
+        again.backward(embeddings.grad.index_select(0, store.send(group, model.device)))
     return loss.detach()
 
 
@@ -244,56 +254,65 @@ def keep_only_embeddings(model):
 
 def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
+    if config.dry_run:
+        return dry_run("contrastive", config)
     if config.check:
         return check_stage(main, arguments, config)
-    rank, world, device = common.start_processes(config)
+    rank, world, device = processes.start(config)
     common.make_default_data(config.data)
-    model = common.open_encoder(config, origin, device)
+    model = common.open_encoder(config, origin)
     if config.init and config.keep == "embeddings":
         torch.manual_seed(config.seed)
         keep_only_embeddings(model)
     elif config.keep not in ("embeddings", "all"):
         raise InputError(f"--keep={config.keep}: give embeddings or all")
     sources = store.open_sources(f"{config.data}/stage2", model.tokenizer)
-    batches = store.PairBatches(sources, config.batch_size, config.seed)
+    pairs = store.PairBatches(sources, config.batch_size, config.seed)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
+    common.place(model, model, config, device)
     optimizer = common.adamw(model, config, betas=(0.9, 0.999), eps=1e-8)
     start = common.begin(config, origin, model, optimizer)
-
     share = config.batch_size // world  # pairs of this process
-    for step in (bar := common.steps(start, config)):
-        began = time.perf_counter()
-        source, rows = batches.at(0 if config.overfit else step)
+
+    def batch_of(step):
+        """This process's share of a batch, all from one source: its queries, then its documents."""
+        source, rows = pairs.at(0 if config.overfit else step)
         rows = rows[rank * share : (rank + 1) * share]
-        texts = source.texts("query", rows, config.query_tokens)
-        texts += source.texts("document", rows, config.document_tokens)
+        queries = source.texts("query", rows, config.query_tokens)
+        return source.name, queries + source.texts("document", rows, config.document_tokens)
 
-        def loss_of(embeddings):  # (2 * share, E): this process's queries, then its documents
-            query, document = embeddings.chunk(2)
-            loss = info_nce(query, gather(document), config.temperature, first=rank * share)
-            return loss / config.batch_size  # this process's part of the mean over the batch
+    def loss_of(embeddings):  # (2 * share, E)
+        query, document = embeddings.chunk(2)
+        loss = info_nce(query, gather(document), config.temperature, first=rank * share)
+        return loss / config.batch_size  # this process's part of the mean over the batch
 
+    batch_at, began, tokens = common.ahead(batch_of), time.perf_counter(), 0
+    for step in (bar := common.steps(start, config)):
+        source, texts = batch_at(step)
         optimizer.zero_grad(set_to_none=True)
         loss = backpropagate(model, texts, loss_of, config)
-        common.sum_gradients(model)
+        processes.sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         lr = common.set_lr(optimizer, learning_rate(step, config))
         optimizer.step()
-        seconds, done = time.perf_counter() - began, step + 1
+        done, tokens = step + 1, tokens + sum(map(len, texts))
 
         saves = common.saves(done, config)
         if done % config.log_every == 0 or saves:
-            loss = common.finite(common.sum_over_processes(loss), done, config)
-            tokens = int(common.sum_over_processes(sum(map(len, texts))))
+            loss = common.finite(processes.sum_over_processes(loss), done, config)
+            seconds = time.perf_counter() - began  # the loss is there, so a GPU has done it all
+            tokens = int(processes.sum_over_processes(tokens))  # since the line before
             record = {"step": done, "loss": loss, "lr": lr, "tokens": tokens}
-            record |= {"tokens_per_second": tokens / seconds, "gradient_norm": norm.item()}
+            record |= speed(model.config, [*map(len, texts)], tokens, seconds, device, world)
+            record |= {"gradient_norm": norm.item(), "source": source}
             sample = ""
             if done % config.eval_every == 0 or done == config.steps:
                 scores, sample = dev_scores(model, dev, config.trained_length)
                 record |= scores
-            common.log(config, bar, {**record, "source": source.name}, sample)
-        if saves:
-            common.save(config, model, optimizer, done)
+            common.log(config, bar, record, sample)
+            if saves:
+                common.save(config, model, optimizer, done)
+            began, tokens = time.perf_counter(), 0
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def stored_weights(model):
     for name, weight in model.state_dict().items():
         name = re.sub(r"^bert\.", "nomic_bert.", name)
         name = name.replace("predictions.decoder.bias", "predictions.bias")
-        weights[name] = weight.detach().cpu().contiguous()
+        weights[name] = weight.detach().to("cpu", torch.float32).contiguous()
     if weights.pop("cls.predictions.decoder.weight", None) is not None:  # tied: stored once
         size, vocabulary = model.config.hidden_size, model.config.vocab_size
         weights.setdefault("cls.predictions.transform.dense.bias", torch.zeros(size))

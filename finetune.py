@@ -25,9 +25,11 @@ import torch
 import torch.nn.functional as F
 
 import common
+import processes
 from check import check_stage
 from contrastive import backpropagate, embed, gather, info_nce
 from data import store
+from estimate import dry_run, speed
 from options import InputError, read_options, run
 from retrieval import Retrieval, dev_scores, top_k
 
@@ -41,7 +43,11 @@ class Config:
     resume: bool = False  # continue the run in OUT from its last checkpoint
     check: bool = False  # train nothing, and examine machine, data and a short run instead
     seed: int = 0  # decides the first weights, the order of the data, and which negatives are drawn
-    precision: str = "auto"  # of the activations: bf16, float32, or auto: bf16 where it is fast
+    dry_run: bool = False  # train nothing, and print what a run would take: memory, hours
+    precision: str = "auto"  # of the activations: bf16, float32, float64; auto: bf16 where fast
+    attention: str = "auto"  # flash-attn, varlen, portable, or auto: the first that works here
+    compile: bool = False  # fuse the operations of a block: pays where a run takes many minutes
+    zero: bool = False  # share the optimizer's state out among the processes (ZeRO)
 
     hidden_size: int = 256  # C; this and the next five come from the checkpoint where there is one
     num_hidden_layers: int = 1  # transformer blocks
@@ -88,6 +94,7 @@ PRESETS = {
         "document_tokens": 256,
         "micro_batch_tokens": 65_536,
         "tokens_in_memory": 262_144,
+        "compile": True,
         "steps": 500,
         "lr": 5e-5,
         "warmup": 50,
@@ -106,6 +113,8 @@ PRESETS = {
         "document_tokens": 512,  # [code], likewise
         "micro_batch_tokens": 65_536,  # ours; it does not change the result
         "tokens_in_memory": 65_536,  # the released code has no GradCache here, and more memory
+        "compile": True,
+        "zero": True,  # as above, ours
         "steps": 6612,  # one epoch of 1,692,672 pairs (table 3)
         "lr": 2e-5,
         "warmup": 400,
@@ -205,62 +214,72 @@ def matryoshka_loss(query, document, temperature, first, sizes):
 
 def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
+    if config.dry_run:
+        return dry_run("finetune", config)
     if config.check:
         return check_stage(main, arguments, config)
-    rank, world, device = common.start_processes(config)
+    rank, world, device = processes.start(config)
     common.make_default_data(config.data)
-    model = common.open_encoder(config, origin, device)
+    model = common.open_encoder(config, origin)
     sources = store.open_sources(f"{config.data}/stage3", model.tokenizer)
-    batches = store.PairBatches(sources, config.batch_size, config.seed)
+    pairs = store.PairBatches(sources, config.batch_size, config.seed)
     if config.negatives >= min(map(len, sources)):
         fewest = min(map(len, sources))
         raise InputError(f"--negatives={config.negatives}: the smallest source has {fewest} rows")
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
+    common.place(model, model, config, device)
     optimizer = common.adamw(model, config, betas=(0.9, 0.999), eps=1e-8)
     start = common.begin(config, origin, model, optimizer)
     mined = mine(model, sources, config) if config.negatives else {}
     sizes = matryoshka_sizes(model.config.hidden_size)[0 if config.matryoshka else -1 :]
-
     share = config.batch_size // world  # pairs of this process
-    for step in (bar := common.steps(start, config)):
-        began = time.perf_counter()
+
+    def batch_of(step):
+        """This process's share of a batch: queries, their documents, their hard negatives."""
         batch = 0 if config.overfit else step
-        source, rows = batches.at(batch)
+        source, rows = pairs.at(batch)
         rows = rows[rank * share : (rank + 1) * share]
         documents = [rows]  # the right ones, then the wrong ones
         for row in rows if config.negatives else ():
             rng = np.random.default_rng([config.seed, batch, row])
             documents.append(choose_negatives(mined[source.name], row, config.negatives, rng))
-        texts = source.texts("query", rows, config.query_tokens)
-        texts += source.texts("document", np.concatenate(documents), config.document_tokens)
+        queries = source.texts("query", rows, config.query_tokens)
+        documents = source.texts("document", np.concatenate(documents), config.document_tokens)
+        return source.name, queries + documents
 
-        def loss_of(embeddings):  # (2 * share + share * negatives, E)
-            query, document, negative = embeddings.tensor_split([share, 2 * share])
-            candidates = torch.cat((gather(document), gather(negative)))  # of all processes
-            loss = matryoshka_loss(query, candidates, config.temperature, rank * share, sizes)
-            return loss / config.batch_size  # this process's part of the mean over the batch
+    def loss_of(embeddings):  # (2 * share + share * negatives, E)
+        query, document, negative = embeddings.tensor_split([share, 2 * share])
+        candidates = torch.cat((gather(document), gather(negative)))  # of all processes
+        loss = matryoshka_loss(query, candidates, config.temperature, rank * share, sizes)
+        return loss / config.batch_size  # this process's part of the mean over the batch
 
+    batch_at, began, tokens = common.ahead(batch_of), time.perf_counter(), 0
+    for step in (bar := common.steps(start, config)):
+        source, texts = batch_at(step)
         optimizer.zero_grad(set_to_none=True)
         loss = backpropagate(model, texts, loss_of, config)
-        common.sum_gradients(model)
+        processes.sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         lr = common.set_lr(optimizer, learning_rate(step, config))
         optimizer.step()
-        seconds, done = time.perf_counter() - began, step + 1
+        done, tokens = step + 1, tokens + sum(map(len, texts))
 
         saves = common.saves(done, config)
         if done % config.log_every == 0 or saves:
-            loss = common.finite(common.sum_over_processes(loss), done, config)
-            tokens = int(common.sum_over_processes(sum(map(len, texts))))
+            loss = common.finite(processes.sum_over_processes(loss), done, config)
+            seconds = time.perf_counter() - began  # the loss is there, so a GPU has done it all
+            tokens = int(processes.sum_over_processes(tokens))  # since the line before
             record = {"step": done, "loss": loss, "lr": lr, "tokens": tokens}
-            record |= {"tokens_per_second": tokens / seconds, "gradient_norm": norm.item()}
+            record |= speed(model.config, [*map(len, texts)], tokens, seconds, device, world)
+            record |= {"gradient_norm": norm.item(), "source": source}
             sample = ""
             if done % config.eval_every == 0 or done == config.steps:
                 scores, sample = dev_scores(model, dev, config.trained_length)
                 record |= scores
-            common.log(config, bar, {**record, "source": source.name}, sample)
-        if saves:
-            common.save(config, model, optimizer, done)
+            common.log(config, bar, record, sample)
+            if saves:
+                common.save(config, model, optimizer, done)
+            began, tokens = time.perf_counter(), 0
 
 
 if __name__ == "__main__":

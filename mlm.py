@@ -25,8 +25,10 @@ import torch
 import torch.nn.functional as F
 
 import common
+import processes
 from check import check_stage
 from data import store
+from estimate import dry_run, speed
 from model import NomicBertForMaskedLM
 from options import read_options, run
 
@@ -39,7 +41,11 @@ class Config:
     resume: bool = False  # continue the run in OUT from its last checkpoint
     check: bool = False  # train nothing, and examine machine, data and a short run instead
     seed: int = 0  # decides the first weights, the order of the data, and the masks
-    precision: str = "auto"  # of the activations: bf16, float32, or auto: bf16 where it is fast
+    dry_run: bool = False  # train nothing, and print what a run would take: memory, hours
+    precision: str = "auto"  # of the activations: bf16, float32, float64; auto: bf16 where fast
+    attention: str = "auto"  # flash-attn, varlen, portable, or auto: the first that works here
+    compile: bool = False  # fuse the operations of a block: pays where a run takes many minutes
+    zero: bool = False  # share the optimizer's state out among the processes (ZeRO)
 
     hidden_size: int = 256  # C
     num_hidden_layers: int = 1  # transformer blocks
@@ -75,6 +81,7 @@ PRESETS = {
         "seq_len": 512,
         "batch_size": 256,
         "micro_batch_tokens": 65_536,
+        "compile": True,
         "steps": 4000,
         "lr": 1e-3,
         "eval_every": 500,
@@ -88,6 +95,8 @@ PRESETS = {
         "seq_len": 2048,
         "batch_size": 4096,
         "micro_batch_tokens": 65_536,  # ours; it does not change the result
+        "compile": True,
+        "zero": True,  # sec. A has DeepSpeed's stage 2, which shards gradients too
         "steps": 100_000,
         "lr": 5e-4,  # the code of the time has 1e-3, which the paper found unstable
         "warmup": 0.06,
@@ -156,11 +165,12 @@ def backpropagate(model, tokens, cu_seqlens, places, answers, masked, scores=1 <
     tokens of a micro-batch of the paper preset, and as much again for their gradient. The head does
     `scores` of them at a time, forward and backward; the encoder goes backward once, from the
     gradient of its hidden states."""
-    hidden = model.bert(tokens, cu_seqlens)[places]  # (M, C)
+    hidden = model.bert(tokens, cu_seqlens).index_select(0, places)  # (M, C)
     cut_off = hidden.detach().requires_grad_()
     rows, loss = max(1, scores // model.config.vocab_size), 0.0
     for x, right in zip(cut_off.split(rows), answers.split(rows), strict=True):
-        logits = model.cls["predictions"](x).float()  # (rows, V)
+        logits = model.cls["predictions"](x)  # (rows, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         part = F.cross_entropy(logits, right, reduction="sum") / masked
         part.backward()
         loss += part.detach()
@@ -180,9 +190,7 @@ def held_out_scores(model, texts, piece=None, micro_batch_tokens=8192):
         batch = masker([texts[i] for i in group], 0.15, [[int(i)] for i in group])
         tokens, cu_seqlens, places, answers = (part.to(model.bert.device) for part in batch)
         if piece:  # to cut a packed batch is to say where its texts begin
-            cu_seqlens = torch.arange(0, len(tokens) + 1, piece, dtype=torch.int32).to(
-                tokens.device
-            )
+            cu_seqlens = torch.arange(0, len(tokens) + 1, piece, dtype=torch.int32)
         scores = model(tokens, cu_seqlens, places).float()  # (M, V)
         losses.append(F.cross_entropy(scores, answers, reduction="none"))
         hits.append((scores.argmax(-1) == answers).float())
@@ -208,9 +216,11 @@ def show_guesses(model, text):
 
 def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
+    if config.dry_run:
+        return dry_run("mlm", config)
     if config.check:
         return check_stage(main, arguments, config)
-    rank, world, device = common.start_processes(config)
+    rank, world, device = processes.start(config)
     common.make_default_data(config.data)
 
     tokenizer = store.load_tokenizer(config.data)
@@ -220,49 +230,57 @@ def main(arguments):
     masker = Masker(tokenizer)
 
     torch.manual_seed(config.seed)
-    model = NomicBertForMaskedLM(common.model_shape(config, tokenizer, config.seq_len)).to(device)
+    shape = common.model_shape(config, tokenizer.get_vocab_size(), config.seq_len)
+    model = NomicBertForMaskedLM(shape)
     model.bert.tokenizer = tokenizer
-    model.bert.dtype = common.choose_dtype(config.precision, device)
+    common.place(model, model.bert, config, device)
     optimizer = common.adamw(model, config, betas=(0.9, config.beta2), eps=1e-6)  # eps [code]
     start = common.begin(config, origin, model, optimizer)
 
     share = config.batch_size // world  # sequences of this process
     at_once = max(1, config.micro_batch_tokens // config.seq_len)  # sequences of a micro-batch
-    for step in (bar := common.steps(start, config)):
-        began = time.perf_counter()
-        batch = 0 if config.overfit else step
-        rows = train.rows(batch, config.batch_size, config.seed)[rank * share : (rank + 1) * share]
+
+    def batch_of(step):
+        """This process's share of a batch, in micro-batches; and how many tokens it has masked."""
+        step = 0 if config.overfit else step
+        rows = train.rows(step, config.batch_size, config.seed)[rank * share : (rank + 1) * share]
         micro_batches = []
         for part in np.split(rows, range(at_once, share, at_once)):
-            seeds = [[config.seed, batch, row] for row in part]
-            micro_batches.append(
-                masker([train[row] for row in part], config.mask_probability, seeds)
-            )
-        masked = common.sum_over_processes(sum(len(places) for _, _, places, _ in micro_batches))
+            seeds = [[config.seed, step, row] for row in part]
+            texts = [train[row] for row in part]
+            micro_batches.append(masker(texts, config.mask_probability, seeds))
+        return micro_batches, sum(len(places) for _, _, places, _ in micro_batches)
 
+    batch_at, began, tokens = common.ahead(batch_of), time.perf_counter(), 0
+    for step in (bar := common.steps(start, config)):
+        micro_batches, masked = batch_at(step)
+        masked = processes.sum_over_processes(masked)
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
-        for micro_batch in micro_batches:
-            loss += backpropagate(model, *(part.to(device) for part in micro_batch), masked)
-        common.sum_gradients(model)
+        for inputs, cu_seqlens, places, answers in micro_batches:
+            inputs, places, answers = (store.send(x, device) for x in (inputs, places, answers))
+            loss += backpropagate(model, inputs, cu_seqlens, places, answers, masked)
+        processes.sum_gradients(model)
         lr = common.set_lr(optimizer, learning_rate(step, config))
         optimizer.step()
-        seconds, done = time.perf_counter() - began, step + 1
+        done, tokens = step + 1, tokens + config.batch_size * config.seq_len
 
         saves = common.saves(done, config)
         if done % config.log_every == 0 or saves:
-            loss = common.finite(common.sum_over_processes(loss), done, config)
-            tokens = config.batch_size * config.seq_len
+            loss = common.finite(processes.sum_over_processes(loss), done, config)
+            seconds = time.perf_counter() - began  # the loss is there, so a GPU has done it all
             record = {"step": done, "loss": loss, "lr": lr, "tokens": tokens}
-            record["tokens_per_second"] = tokens / seconds
+            share_masked = config.mask_probability
+            record |= speed(shape, [config.seq_len], tokens, seconds, device, world, share_masked)
             sample = ""
             if done % config.eval_every == 0 or done == config.steps:
                 losses, hits = held_out_scores(model, held_out)
                 record |= {"dev_loss": losses.mean().item(), "dev_accuracy": hits.mean().item()}
                 sample = show_guesses(model, held_out[done % len(held_out)][:40])
             common.log(config, bar, record, sample)
-        if saves:
-            common.save(config, model, optimizer, done)
+            if saves:
+                common.save(config, model, optimizer, done)
+            began, tokens = time.perf_counter(), 0
 
 
 if __name__ == "__main__":

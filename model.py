@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 import checkpoint
 import export
-from attention import attention, length_groups
-from data.store import cut, micro_batches, pack
+from attention import attention, choose, packing
+from data.store import cut, micro_batches, pack, send
 from options import InputError
 from rope import Rope, rope_angles, rotate
 
@@ -109,10 +109,10 @@ class Attention(nn.Module):
         self.Wqkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, cos, sin, groups):
+    def forward(self, x, cos, sin, packing):
         q, k, v = self.Wqkv(x).view(-1, 3, self.heads, self.head_size).unbind(1)  # (N, H, D) each
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.out_proj(attention(q, k, v, groups).flatten(1))  # (N, C)
+        return self.out_proj(attention(q, k, v, packing).flatten(1))  # (N, C)
 
 
 class GatedMLP(nn.Module):
@@ -138,8 +138,8 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config)
         self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x, cos, sin, groups):
-        x = self.norm1(x + self.attn(x, cos, sin, groups))
+    def forward(self, x, cos, sin, packing):
+        x = self.norm1(x + self.attn(x, cos, sin, packing))
         return self.norm2(x + self.mlp(x))
 
 
@@ -176,6 +176,7 @@ class NomicBert(nn.Module):
             config.rope_base, config.trained_length, config.rope_scaling, config.rope_factor
         )
         self.dtype = torch.float32  # of the activations
+        self.attention = "auto"  # the way to compute it (attention.py)
         self.tokenizer = None  # for `encode` and `save_pretrained`
         self.layer_norm = False  # of embeddings, before their first dimensions are taken
         initialize(self)
@@ -187,16 +188,17 @@ class NomicBert(nn.Module):
     def forward(self, tokens, cu_seqlens):
         """The hidden states of the last layer.
 
-        tokens (N,) int64; cu_seqlens (B + 1,) int32, where each text begins and the last ends
-        -> (N, C) in self.dtype."""
-        order, groups = length_groups(cu_seqlens)
-        angles = rope_angles(cu_seqlens, len(tokens), self.config.head_size, self.rope)  # (N, D/2)
+        tokens (N,) int64; cu_seqlens (B + 1,) int32, where each text begins and the last ends; on
+        the CPU it spares a GPU a pause -> (N, C) in self.dtype."""
+        way = choose(self.attention, tokens.device, self.dtype)
+        order, texts = packing(cu_seqlens, way, tokens.device)  # where the texts are
+        angles = rope_angles(texts.cu_seqlens, len(tokens), self.config.head_size, self.rope)
         if order is not None:
-            tokens, angles = tokens[order], angles[order]
+            tokens, angles = tokens[order], angles[order]  # (N,), (N, D/2)
         x = self.emb_ln(self.embeddings(tokens)).to(self.dtype)  # (N, C)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.encoder.layers:
-            x = layer(x, cos, sin, groups)
+            x = layer(x, cos, sin, texts)
         return x if order is None else torch.empty_like(x).index_copy(0, order, x)
 
     def embed(self, tokens, cu_seqlens):
@@ -262,13 +264,15 @@ class NomicBert(nn.Module):
 
 
 def mean_pool(hidden, cu_seqlens):
-    """The mean of each text's hidden states, [CLS], [SEP] and prefix included: (N, C) -> (B, C)."""
-    lengths = cu_seqlens.diff()  # (B,)
+    """The mean of each text's hidden states, [CLS], [SEP] and prefix included: (N, C) -> (B, C)
+    float32, or float64 if these are."""
+    lengths = send(cu_seqlens, hidden.device).diff()  # (B,)
     text = torch.repeat_interleave(lengths, output_size=len(hidden))  # (N,): the number of its text
+    full = torch.promote_types(hidden.dtype, torch.float32)
     # a running sum of 8,192 float32 numbers loses digits, which training does not feel
-    exact = torch.float32 if torch.is_grad_enabled() else torch.float64
+    exact = full if torch.is_grad_enabled() else torch.float64
     sums = torch.zeros(len(lengths), hidden.shape[1], dtype=exact, device=hidden.device)
-    return (sums.index_add(0, text, hidden.to(exact)) / lengths[:, None]).float()
+    return (sums.index_add(0, text, hidden.to(exact)) / lengths[:, None]).to(full)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -311,7 +315,7 @@ class NomicBertForMaskedLM(nn.Module):
         """tokens (N,), cu_seqlens (B + 1,), places (M,) in the packed batch -> (M, V).
 
         Nothing is computed for other places: of a small model the head is half the work."""
-        return self.cls["predictions"](self.bert(tokens, cu_seqlens)[places])
+        return self.cls["predictions"](self.bert(tokens, cu_seqlens).index_select(0, places))
 
     @classmethod
     def from_pretrained(cls, where, dtype=None, rope_factor=None):

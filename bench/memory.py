@@ -49,7 +49,7 @@ def step(pairs, cached, options, result):
     """Forward and backward of one batch; puts (tokens, MiB, hidden size) into result."""
     shape = Stage()
     tokenizer = store.load_tokenizer(options.data)
-    model = NomicBert(model_shape(shape, tokenizer, shape.trained_length))
+    model = NomicBert(model_shape(shape, tokenizer.get_vocab_size(), shape.trained_length))
     model.dtype = fast_dtype(model.device)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # is there at any batch size

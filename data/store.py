@@ -233,14 +233,23 @@ class PairBatches:
 
 
 def pack(texts, device="cpu"):
-    """A list of B id arrays -> tokens (N,) int64, one text after another and no padding, and
-    cu_seqlens (B + 1,) int32, where each begins and the last ends."""
+    """A list of B id arrays -> tokens (N,) int64 on the device, one text after another and no
+    padding, and cu_seqlens (B + 1,) int32 on the CPU, where each begins and the last ends."""
     lengths = [len(text) for text in texts]
     if 0 in lengths:
         raise InputError(f"text {lengths.index(0)} of the batch has no tokens, so no embedding")
     cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
     tokens = torch.from_numpy(np.concatenate(texts).astype(np.int64))
-    return tokens.to(device), cu_seqlens.to(device)
+    return send(tokens, device), cu_seqlens
+
+
+def send(array, device):
+    """A tensor or numpy array to a device. To a GPU through pinned memory, so that nobody waits:
+    the copy takes its turn behind what the GPU was asked to do before."""
+    array, device = torch.as_tensor(array), torch.device(device)
+    if device.type == "cuda" and array.device.type == "cpu":
+        return array.pin_memory().to(device, non_blocking=True)
+    return array.to(device)
 
 
 def micro_batches(lengths, max_tokens):

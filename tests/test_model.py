@@ -1,29 +1,17 @@
 """The model against its definition, written out once more, plainly and in float64."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_model
+from tiny import softmax_attention, tiny_model
 
-from attention import attention
 from data.store import pack
 from model import Config, NomicBert, NomicBertForMaskedLM, mean_pool
 from options import InputError
 
 # ------------------------------------------------------------------------------------------------
 # The plain twin: one text, no packing, nothing fused
-
-
-def softmax_attention(q, k, v):
-    """softmax(Q K^T / sqrt(D)) V for one text: (L, H, D) each -> (L, H, D)."""
-    out = torch.empty_like(q)
-    for head in range(q.shape[1]):
-        scores = q[:, head] @ k[:, head].T / math.sqrt(q.shape[-1])
-        out[:, head] = scores.softmax(-1) @ v[:, head]
-    return out
 
 
 def rotated(x, base):
@@ -106,21 +94,6 @@ def test_parameters_have_their_published_names():
         "cls.predictions.transform.layer_norm.bias",
         "cls.predictions.decoder.weight",
     }
-
-
-def test_packed_attention_equals_softmax_written_out_in_float64():
-    torch.manual_seed(0)
-    lengths, H, D = [9, 5, 5, 1], 2, 8
-    qkv = torch.randn(sum(lengths), 3, H, D, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(sum(lengths), H, D, dtype=torch.float64)
-    written_out = torch.cat([softmax_attention(*part.unbind(1)) for part in qkv.split(lengths)])
-    expected_gradient = torch.autograd.grad((written_out * weights).sum(), qkv)[0]
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
-        x = qkv.detach().to(dtype).requires_grad_()
-        packed = attention(*x.unbind(1), [(9, 1), (5, 2), (1, 1)])
-        (packed * weights.to(dtype)).sum().backward()
-        assert torch.allclose(packed.double(), written_out, atol=tolerance)
-        assert torch.allclose(x.grad.double(), expected_gradient, atol=tolerance)
 
 
 @pytest.mark.parametrize("length", [1, 2, 77, 128, 129, 500])

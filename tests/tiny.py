@@ -1,5 +1,7 @@
 """Small things to test with: made here, in a moment, the same at every call."""
 
+import math
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +24,15 @@ def tiny_model(tokenizer=None, cls=NomicBert, **shape):
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     (model if cls is NomicBert else model.bert).tokenizer = tokenizer
     return model
+
+
+def softmax_attention(q, k, v):
+    """softmax(Q K^T / sqrt(D)) V for one text: (L, H, D) each -> (L, H, D)."""
+    out = torch.empty_like(q)
+    for head in range(q.shape[1]):
+        scores = q[:, head] @ k[:, head].T / math.sqrt(q.shape[-1])
+        out[:, head] = scores.softmax(-1) @ v[:, head]
+    return out
 
 
 class LargestTensor(TorchDispatchMode):
