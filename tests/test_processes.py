@@ -1,0 +1,181 @@
+"""Several processes do what one does: the same losses, the same weights, to rounding.
+
+Everything runs in float64, where rounding is 1e-16 and any error of substance stands out. The
+processes are real, and talk through gloo; each group is started once and does all its runs."""
+
+import json
+import os
+import traceback
+
+import numpy as np
+import pytest
+import torch
+from test_runs import SMALL
+from torch import multiprocessing
+
+import contrastive
+import finetune
+import mlm
+import processes
+from options import InputError
+
+STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
+OPTIONS = [*SMALL[:-3], "--steps=20", "--batch-size=8", "--log-every=1", "--precision=float64"]
+PIECES = {  # how the share of a process goes through the model
+    "whole": [],
+    "micro-batches": ["--micro-batch-tokens=300"],
+    "GradCache": ["--tokens-in-memory=0", "--micro-batch-tokens=300"],
+    "GradCache, text by text": ["--tokens-in-memory=0", "--micro-batch-tokens=1"],
+    "zero": ["--zero"],
+}
+
+
+def runs(stage):
+    return [name for name in PIECES if stage != "mlm" or "GradCache" not in name]
+
+
+def train(stage, data, out, *options):
+    STAGES[stage].main([*OPTIONS, f"--data={data}", f"--out={out}", *options])
+
+
+def result(out):
+    """Losses by step, and all weights as one vector, in float64."""
+    losses = [json.loads(line)["loss"] for line in open(out / "log.jsonl")]
+    weights = torch.load(out / "state.pt", weights_only=True)["model"]
+    return np.array(losses), torch.cat([w.flatten() for w in weights.values()]).numpy()
+
+
+def work(rank, world, port, data, folder):
+    """What one process of a group does: every run that the tests below look at."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    torch.set_num_threads(1)
+    for stage in STAGES:
+        for name in runs(stage):
+            train(stage, data, folder / f"{stage}-{world}-{name}", *PIECES[name])
+    for stage in STAGES:  # begun by one process
+        train(stage, data, folder / f"{stage}-resumed-by-{world}", "--resume", "--zero")
+    said = []
+    for init, resume in ((f"--init={folder}/other-{rank}", ()), ("", ["--resume"])):
+        try:
+            out = folder / (f"resume-{rank}" if resume else "never")
+            train("contrastive", data, out, *[init] * (not resume), "--keep=all", *resume)
+        except InputError as error:
+            said.append(str(error))
+    (folder / f"said-{world}-{rank}").write_text("\n".join(said))
+
+
+def safe_work(rank, *arguments):
+    try:
+        work(rank, *arguments)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # the others would wait for it
+
+
+@pytest.fixture(scope="module")
+def folder(data, tmp_path_factory):
+    """The folder of all runs: of one process (here), of two, and of four."""
+    folder = tmp_path_factory.mktemp("processes")
+    for stage in STAGES:
+        for name in runs(stage):
+            train(stage, data, folder / f"{stage}-1-{name}", *PIECES[name])
+        for world in (2, 4):
+            train(stage, data, folder / f"{stage}-resumed-by-{world}", "--stop-after=10")
+    for other in range(4):
+        train("contrastive", data, folder / f"other-{other}", f"--seed={other}", "--steps=1")
+    train("contrastive", data, folder / "resume-0", "--stop-after=10", "--keep=all")
+    for world in (2, 4):
+        port = 20_000 + int(np.random.default_rng().integers(20_000))
+        arguments = (world, port, data, folder)
+        multiprocessing.spawn(safe_work, arguments, nprocs=world)
+    return folder
+
+
+CASES = [(world, stage, name) for world in (1, 2, 4) for stage in STAGES for name in runs(stage)]
+
+
+@pytest.mark.parametrize(("world", "stage", "name"), CASES[1:])
+def test_twenty_steps_are_those_of_one_process_with_the_whole_batch(world, stage, name, folder):
+    losses, weights = result(folder / f"{stage}-{world}-{name}")
+    expected_losses, expected_weights = result(folder / f"{stage}-1-whole")
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
+    assert np.abs(weights - expected_weights).max() < 1e-6 * np.abs(expected_weights).max()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_more_processes_may_go_on_with_a_run_and_share_its_state(world, stage, folder):
+    """Begun by one process, resumed by several with --zero: the data come as if nothing changed."""
+    losses, weights = result(folder / f"{stage}-resumed-by-{world}")
+    expected_losses, expected_weights = result(folder / f"{stage}-1-whole")
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
+    assert np.abs(weights - expected_weights).max() < 1e-6 * np.abs(expected_weights).max()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_that_begin_with_other_checkpoints_all_stop(world, folder):
+    for rank in range(world):
+        said = (folder / f"said-{world}-{rank}").read_text().split("\n")
+        assert said == [
+            "processes begin with different weights: they read other checkpoints",
+            f"process 1: there is no checkpoint directory {folder}/resume-1",
+        ]
+    assert not (folder / "never").exists(), "nothing is left behind"
+
+
+def test_the_state_of_zero_is_what_one_optimizer_would_write(folder):
+    """So a run may be resumed with and without it, on any number of processes."""
+    whole, shared = (
+        torch.load(folder / f"mlm-4-{name}" / "state.pt", weights_only=True)["optimizer"]
+        for name in ("whole", "zero")
+    )
+    assert shared["state"].keys() == whole["state"].keys()
+    for number, moments in whole["state"].items():
+        for name, value in moments.items():
+            torch.testing.assert_close(shared["state"][number][name], value)
+
+
+def test_with_zero_a_process_keeps_its_share_of_the_state_only():
+    """Measured in two processes: together they hold each moment once."""
+    results = multiprocessing.Manager().dict()
+    port = 20_000 + int(np.random.default_rng().integers(20_000))
+    multiprocessing.spawn(count_moments, (port, results), nprocs=2)
+    assert sum(results.values()) == 2 * 6 * 10 * 10 and max(results.values()) == 2 * 3 * 10 * 10
+
+
+def count_moments(rank, port, results):
+    from common import adamw
+
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=2)
+    model = torch.nn.ModuleList(torch.nn.Linear(10, 10, bias=False) for _ in range(6))
+    optimizer = adamw(model, mlm.Config(zero=True), betas=(0.9, 0.98), eps=1e-6)
+    for layer in model:
+        layer.weight.grad = torch.ones(10, 10)
+    optimizer.step()
+    state = optimizer.optim.state.values()
+    results[rank] = sum(s["exp_avg"].numel() + s["exp_avg_sq"].numel() for s in state)
+    torch.distributed.destroy_process_group()
+
+
+def test_an_error_in_one_process_is_raised_in_all():
+    results = multiprocessing.Manager().dict()
+    port = 20_000 + int(np.random.default_rng().integers(20_000))
+    multiprocessing.spawn(fail_in_the_second, (port, results), nprocs=2)
+    assert results[0] == results[1] == "process 1: its disk is full"
+
+
+def fail_in_the_second(rank, port, results):
+    def do():
+        if rank == 1:
+            raise InputError("its disk is full")
+
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=2)
+    try:
+        processes.together(do)
+    except InputError as error:
+        results[rank] = str(error)
+    torch.distributed.destroy_process_group()
