@@ -306,7 +306,8 @@ def main(arguments):
             record |= speed(model.config, [*map(len, texts)], tokens, seconds, device, world)
             record |= {"gradient_norm": norm.item(), "source": source}
             sample = ""
-            if done % config.eval_every == 0 or done == config.steps:
+            scored = done % config.eval_every == 0 or done == config.steps
+            if scored and rank == 0:  # the others wait for it in their next sum
                 scores, sample = dev_scores(model, dev, config.trained_length)
                 record |= scores
             common.log(config, bar, record, sample)

@@ -273,7 +273,8 @@ def main(arguments):
             share_masked = config.mask_probability
             record |= speed(shape, [config.seq_len], tokens, seconds, device, world, share_masked)
             sample = ""
-            if done % config.eval_every == 0 or done == config.steps:
+            scored = done % config.eval_every == 0 or done == config.steps
+            if scored and rank == 0:  # the others wait for it in their next sum
                 losses, hits = held_out_scores(model, held_out)
                 record |= {"dev_loss": losses.mean().item(), "dev_accuracy": hits.mean().item()}
                 sample = show_guesses(model, held_out[done % len(held_out)][:40])

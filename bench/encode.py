@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train import matrix_rate, operations_per_token
+from stages import matrix_rate
 
 from data import store
+from estimate import operations_per_token
 from model import Config, NomicBert
 from options import read_options, run
 
@@ -64,7 +65,7 @@ def texts_of(lengths, tokenizer, data, rng):
 
 def operations(config, lengths):
     """Useful operations of one forward pass over texts of these lengths: a third of training's."""
-    return sum(n * operations_per_token(config, config.vocab_size, n, 0.0) for n in lengths) / 3
+    return sum(lengths) * operations_per_token(config, lengths) / 3
 
 
 def timed(encode, texts):
