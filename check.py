@@ -21,6 +21,7 @@ from common import make_default_data
 from data import store
 from model import fast_dtype
 from options import InputError
+from processes import best_device
 
 
 def check_stage(main, arguments, config):
@@ -38,7 +39,7 @@ def check_stage(main, arguments, config):
     packages = ("torch", "numpy", "tokenizers", "safetensors", "tqdm")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     report(sys.version_info >= (3, 10), f"python {platform.python_version()}, {versions}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     report(True, f"{device} ({name}), {torch.get_num_threads()} threads, {fast_dtype(device)}")
 

@@ -30,7 +30,15 @@ from tqdm import tqdm
 
 import attention
 from options import InputError, inherit
-from processes import is_first, print0, sum_over_processes, the_same, together, wait_for_all
+from processes import (
+    fast_dtype,
+    is_first,
+    print0,
+    sum_over_processes,
+    the_same,
+    together,
+    wait_for_all,
+)
 
 # ------------------------------------------------------------------------------------------------
 # What a run begins with
@@ -95,8 +103,6 @@ def open_encoder(config, origin):
 
 def choose_dtype(precision, device):
     """The type that an option names: auto, bf16, float32 or float64."""
-    from model import fast_dtype
-
     named = {"auto": fast_dtype(device), "bf16": torch.bfloat16, "float32": torch.float32}
     named["float64"] = torch.float64  # of the weights as well: to compare runs, not to train
     if precision not in named:

@@ -33,6 +33,7 @@ from data import store
 from mlm import held_out_scores
 from model import NomicBert, NomicBertForMaskedLM
 from options import InputError, read_options, run
+from processes import best_device
 from retrieval import METRICS, Retrieval, bm25_rank, summary
 from search import Index, typed_queries
 from similarity import read_pairs, sts
@@ -104,7 +105,7 @@ def models_of(options):
     if not trained:
         raise InputError(f"nothing was trained in {options.out}: python mlm.py, or make demo")
     for stage in trained:
-        model = NomicBert.from_pretrained(Path(options.out, stage))
+        model = NomicBert.from_pretrained(Path(options.out, stage), device=best_device())
         if stage == trained[0]:
             torch.manual_seed(options.seed)
             untrained = NomicBert(model.config)
@@ -115,7 +116,7 @@ def models_of(options):
 
 def masked_words(options):
     """Stage 1's model on held-out text: how many of the masked tokens it finds, and perplexity."""
-    model = NomicBertForMaskedLM.from_pretrained(Path(options.out, "mlm"))
+    model = NomicBertForMaskedLM.from_pretrained(Path(options.out, "mlm"), device=best_device())
     folder = f"{options.data}/stage1/{options.split}"
     texts = store.Sequences(folder, model.bert.tokenizer, model.config.trained_length)
     loss, hit = held_out_scores(model, [texts[i] for i in range(len(texts))])
@@ -174,8 +175,8 @@ def scalings(times):
 def long(options, times=(1, 2, 4, 8, 16)):
     """Masked accuracy after stage 1, and retrieval of long documents by the last stage's model, at
     1, 2, ... 16 times the trained length."""
-    masked = NomicBertForMaskedLM.from_pretrained(Path(options.out, "mlm"))
-    encoder = NomicBert.from_pretrained(last_stage(options.out))
+    masked = NomicBertForMaskedLM.from_pretrained(Path(options.out, "mlm"), device=best_device())
+    encoder = NomicBert.from_pretrained(last_stage(options.out), device=best_device())
     length = masked.config.trained_length
     column = store.Source(f"{options.data}/stage1/long", masked.bert.tokenizer).columns["document"]
     longest = length * max(times)
@@ -215,7 +216,8 @@ def long(options, times=(1, 2, 4, 8, 16)):
 def open_model(options):
     """(model, its directory, the length that texts are cut to)."""
     directory = find(options.model) if options.model else last_stage(options.out)
-    model = NomicBert.from_pretrained(directory, rope_factor=options.rope_factor or None)
+    factor = options.rope_factor or None
+    model = NomicBert.from_pretrained(directory, rope_factor=factor, device=best_device())
     return model, directory, options.max_tokens or model.config.trained_length
 
 

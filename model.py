@@ -32,6 +32,7 @@ import export
 from attention import attention, choose, packing
 from data.store import cut, micro_batches, pack, send
 from options import InputError
+from processes import fast_dtype
 from rope import Rope, rope_angles, rotate
 
 
@@ -60,16 +61,6 @@ class Config:
 # ------------------------------------------------------------------------------------------------
 # Precision. Weights are float32; each layer casts them to the type of its input. That type is set
 # at one place, behind the embeddings, and from there a reader can follow it: there is no autocast.
-
-
-def fast_dtype(device):
-    """bfloat16 where the processor multiplies it faster (GPUs since Ampere, CPUs with AVX512_BF16
-    or AMX), else float32."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 class Linear(nn.Linear):
@@ -188,8 +179,8 @@ class NomicBert(nn.Module):
     def forward(self, tokens, cu_seqlens):
         """The hidden states of the last layer.
 
-        tokens (N,) int64; cu_seqlens (B + 1,) int32, where each text begins and the last ends; on
-        the CPU it spares a GPU a pause -> (N, C) in self.dtype."""
+        tokens (N,) int64; cu_seqlens (B + 1,) int32, where each text begins and the last ends (on
+        the CPU it spares a GPU a pause) -> (N, C) in self.dtype."""
         way = choose(self.attention, tokens.device, self.dtype)
         order, texts = packing(cu_seqlens, way, tokens.device)  # where the texts are
         angles = rope_angles(texts.cu_seqlens, len(tokens), self.config.head_size, self.rope)
@@ -249,14 +240,15 @@ class NomicBert(nn.Module):
         return embeddings
 
     @classmethod
-    def from_pretrained(cls, where, dtype=None, rope_factor=None):
+    def from_pretrained(cls, where, dtype=None, rope_factor=None, device="cpu"):
         """Opens a checkpoint, with or without MLM head: a directory of ours, a published one, one
         that transformers or SentenceTransformer wrote; or a name on the hub, which is downloaded.
 
-        dtype: of the activations; None is the fast one. rope_factor: Dynamic NTK with this s beyond
-        the trained length, whatever the checkpoint says (the paper takes 2, the published files
-        leave it open). Raises InputError for files missing, damaged, or not fitting together."""
-        return open_model(cls, where, dtype, rope_factor)
+        dtype: of the activations; None is the fast one on the device. rope_factor: Dynamic NTK with
+        this s beyond the trained length, whatever the checkpoint says (the paper takes 2, the
+        published files leave it open). Raises InputError for files missing, damaged, or not fitting
+        together."""
+        return open_model(cls, where, dtype, rope_factor, device)
 
     def save_pretrained(self, directory):
         """Writes a directory that AutoModel, AutoTokenizer and SentenceTransformer open."""
@@ -318,9 +310,9 @@ class NomicBertForMaskedLM(nn.Module):
         return self.cls["predictions"](self.bert(tokens, cu_seqlens).index_select(0, places))
 
     @classmethod
-    def from_pretrained(cls, where, dtype=None, rope_factor=None):
+    def from_pretrained(cls, where, dtype=None, rope_factor=None, device="cpu"):
         """As `NomicBert.from_pretrained`. Raises InputError where there is no MLM head, as well."""
-        return open_model(cls, where, dtype, rope_factor)
+        return open_model(cls, where, dtype, rope_factor, device)
 
     def save_pretrained(self, directory):
         """Writes a directory that AutoModelForMaskedLM opens, and those that open an encoder."""
@@ -331,7 +323,7 @@ class NomicBertForMaskedLM(nn.Module):
 # Opening a checkpoint
 
 
-def open_model(cls, where, dtype, rope_factor):
+def open_model(cls, where, dtype, rope_factor, device):
     """The model of class cls that a directory or a name on the hub holds."""
     directory = checkpoint.find(where)
     config = Config(**checkpoint.read_config(directory))
@@ -347,6 +339,7 @@ def open_model(cls, where, dtype, rope_factor):
     encoder = model.bert if masked else model
     if masked:
         model.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight  # tied
+    model.to(device)
     encoder.tokenizer = checkpoint.read_tokenizer(directory, config.vocab_size)
     encoder.dtype = dtype or fast_dtype(encoder.device)
     encoder.layer_norm = checkpoint.read_modules(directory)

@@ -26,6 +26,20 @@ from options import InputError
 MAY_BE_ZERO = ("seed", "warmup", "stop_after", "negatives", "tokens_in_memory")
 
 
+def best_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fast_dtype(device):
+    """bfloat16 where the processor multiplies it faster (GPUs since Ampere, CPUs with AVX512_BF16
+    or AMX), else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
 def start(config):
     """Joins the processes that torchrun started. Returns (rank, world size, device).
 
@@ -40,7 +54,7 @@ def start(config):
         config.resume = True  # torchrun --max-restarts began anew after a process died
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if cuda else "cpu")
+        return 0, 1, best_device()
     world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     if cuda and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
         raise InputError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs")

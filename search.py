@@ -15,6 +15,7 @@ import common
 from data import store
 from model import NomicBert
 from options import InputError
+from processes import best_device
 from retrieval import top_k
 
 
@@ -22,7 +23,7 @@ class Index:
     """The embeddings of all documents of a data folder, kept beside the checkpoint they are of."""
 
     def __init__(self, directory, data, max_tokens):
-        self.model = NomicBert.from_pretrained(directory)
+        self.model = NomicBert.from_pretrained(directory, device=best_device())
         max_tokens = max_tokens or self.model.config.trained_length
         self.corpus, cache = Path(data, "search", "corpus.jsonl"), Path(directory, "search.npz")
         if not self.corpus.is_file():

@@ -21,6 +21,7 @@ import finetune
 import mlm
 from model import NomicBert
 from options import read_options, run
+from processes import best_device
 from retrieval import Retrieval
 
 # row of the table -> its last run. Runs: name -> (stage, the run that it starts from, its options)
@@ -84,7 +85,7 @@ def main(arguments):
         folder.mkdir(parents=True, exist_ok=True)
         for row, name in rows.items():
             scores = {"minutes": train(name, folder, seed, options)}
-            model = NomicBert.from_pretrained(folder / name)
+            model = NomicBert.from_pretrained(folder / name, device=best_device())
             for task in tasks:
                 ranking, _ = task.rank(model, evaluate.Options.max_tokens)
                 scores[task.name] = statistics.mean(task.scores(ranking)["nDCG@10"])

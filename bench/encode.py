@@ -30,6 +30,7 @@ from data import store
 from estimate import operations_per_token
 from model import Config, NomicBert
 from options import read_options, run
+from processes import best_device
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # of which sentence-transformers may choose
 
@@ -88,6 +89,7 @@ def main(arguments):
     from sentence_transformers import SentenceTransformer
 
     options, _ = read_options(Options, arguments)
+    device = best_device()
     rng = np.random.default_rng(options.seed)
     tokenizer = store.load_tokenizer(options.data)
     torch.manual_seed(options.seed)
@@ -103,11 +105,12 @@ def main(arguments):
     model.tokenizer = tokenizer
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        ours = NomicBert.from_pretrained(folder)
-        default = SentenceTransformer(folder, device="cpu")
-        half = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": ours.dtype})
+        ours = NomicBert.from_pretrained(folder, device=device)
+        default = SentenceTransformer(folder, device=str(device))
+        half = SentenceTransformer(folder, device=str(device), model_kwargs={"dtype": ours.dtype})
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, ours in {ours.dtype}, "
+        f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, {ours.dtype}, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters"
     )
     for name, lengths in lengths_of(options).items():
@@ -118,7 +121,8 @@ def main(arguments):
         rates = []
         seconds, embeddings = {"ours": [], "best": [], "default": []}, {}
         for number in range(options.rounds):
-            rates.append(matrix_rate(config, ours.dtype, N=2048))  # where it is highest
+            N = 2048 if device.type == "cpu" else 65_536  # where it is highest
+            rates.append(matrix_rate(config, ours.dtype, device, N))
             for key, encode in (
                 ("ours", ours.encode),
                 ("best", lambda t: half.encode(t, batch_size=batch)),  # noqa: B023

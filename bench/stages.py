@@ -10,6 +10,8 @@ with is that of the matrix products of one layer (the head's are not in it), in 
 before and after each stage: the higher one counts.
 """
 
+import contextlib
+import io
 import json
 import statistics
 import sys
@@ -28,6 +30,7 @@ from data import store
 from estimate import operations_per_token, sampled_lengths
 from model import NomicBert, fast_dtype
 from options import InputError, read_options, run
+from processes import best_device
 
 STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
 
@@ -49,7 +52,7 @@ def matrix_rate(config, dtype, device="cpu", N=8192, seconds=1.0):
 
 def measure(name, arguments, skipped):
     """(tokens/s, useful operations of a token, matrix rate, peak memory of a GPU) of a stage."""
-    stage, device = STAGES[name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stage, device = STAGES[name], best_device()
     with tempfile.TemporaryDirectory() as folder:
         quiet = ["--log-every=1", "--eval-every=1000000", "--save-every=1000000"]
         out = f"{folder}/run"
@@ -58,7 +61,8 @@ def measure(name, arguments, skipped):
         dtype = fast_dtype(device)
         N = 8192 if device.type == "cpu" else 65_536
         rate = matrix_rate(config, dtype, device, N)
-        stage.main(arguments)
+        with contextlib.redirect_stdout(io.StringIO()):
+            stage.main(arguments)
         rate = max(rate, matrix_rate(config, dtype, device, N))
         records = [json.loads(line) for line in open(f"{out}/log.jsonl")][skipped:-1]
         shape = NomicBert.from_pretrained(out).config

@@ -36,15 +36,16 @@ from common import model_shape
 from data import store
 from model import NomicBert, NomicBertForMaskedLM, fast_dtype
 from options import read_options, run
+from processes import best_device
 
 
 @dataclass
 class Options:
     preset: str = "laptop"  # whose model, and whose longest texts
     data: str = "out/pydocs"  # a data folder: texts are pieces of its training text
-    texts: int = 512  # masked texts of a step, and pairs of a step
+    texts: int = 256  # masked texts of a step, and pairs of a step
     micro_batch_tokens: int = 0  # of ours; 0 is what the preset has
-    tries: str = "4,8,16,32"  # micro-batches, in texts, that theirs may choose from
+    tries: str = "8,32"  # micro-batches, in texts, that theirs may choose from
     rounds: int = 3  # how often each is timed; the median counts
     compile: bool = False  # compile our blocks
     seed: int = 0  # of texts, masks and weights
@@ -139,7 +140,7 @@ def our_pairs_step(model, pairs, budget):
 
 
 def their_pairs_step(model, pairs, size, autocast):
-    from sentence_transformers import losses
+    from sentence_transformers.sentence_transformer import losses
 
     optimizer, device = adamw(model), model.device
     loss_of = losses.CachedMultipleNegativesRankingLoss(model, scale=50.0, mini_batch_size=size)
@@ -200,7 +201,7 @@ def main(arguments):
     options, _ = read_options(Options, arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     stage, _ = read_options(contrastive.Config, [f"--preset={options.preset}"], contrastive.PRESETS)
     tokenizer = store.load_tokenizer(options.data)
     vocab_size, longest = tokenizer.get_vocab_size(), stage.trained_length
