@@ -109,45 +109,40 @@ def dry_run(stage, config, processes=8):
 
     lengths, origin = sampled_lengths(stage, config, tokenizer)
     masked = config.mask_probability if is_mlm else 0.0
-    texts = {"document": 1 + getattr(config, "negatives", 0)}  # of a row, where it is not one
-    step = {name: config.batch_size * texts.get(name, 1) for name in lengths}
-    tokens = {name: step[name] * lengths[name].mean() for name in step}
-    operations = sum(
-        tokens[name] * operations_per_token(shape, lengths[name], masked) for name in step
-    )
-    in_step = sum(tokens.values())
-    print(f"{stage}, preset {config.preset}: {weights:,} parameters, vocabulary {vocab_size:,}")
+    copies = {"document": 1 + getattr(config, "negatives", 0)}
+    texts = {name: config.batch_size * copies.get(name, 1) for name in lengths}  # of a step
+    tokens = {name: texts[name] * lengths[name].mean() for name in texts}
+    work = sum(tokens[name] * operations_per_token(shape, lengths[name], masked) for name in texts)
+    in_step = float(sum(tokens.values()))
     means = ", ".join(f"{n.mean():,.0f} tokens in a {name}" for name, n in lengths.items())
-    print(f"  lengths       {origin}: {means} in the mean")
-    print(f"  a step        {in_step:,.0f} tokens, {operations / 1e12:,.1f} TFLOP")
-    print(
-        f"  {config.steps:,} steps  {config.steps * in_step / 1e9:,.1f} billion tokens, "
-        f"{config.steps * operations:.2e} FLOP"
-    )
+    print(f"{stage}, preset {config.preset}: {weights:,} parameters, vocabulary {vocab_size:,}")
+    print(f"texts      {means} in the mean; {origin}")
+    print(f"a step     {in_step:,.0f} tokens, {work:.2e} useful operations")
+    in_all = f"{config.steps * in_step:.2e} tokens, {config.steps * work:.2e} useful operations"
+    print(f"{config.steps:,} steps  {in_all}")
     for world in (1, processes):
-        print(f"\non {world} GPU{'s' * (world > 1)}, bytes of memory in each:")
-        parts, cached = memory(config, shape, weights, step, in_step, world, is_mlm)
-        for part, size in parts.items():
-            print(f"  {size / 2**30:8.2f} GiB  {part}")
-        print(f"  {sum(parts.values()) / 2**30:8.2f} GiB  in all")
+        parts, cached = memory(config, shape, weights, texts, in_step, world, is_mlm)
+        print(f"\non {world} GPU{'s' * (world > 1)}, memory of each")
+        for part, size in {**parts, "in all": sum(parts.values())}.items():
+            print(f"{size / 2**20:10,.0f} MiB  {part}")
         if world > 1:
-            gathered = 0 if is_mlm else 4 * step["document"] * shape.hidden_size
-            sent = 4 * weights * (2 + config.zero) + 2 * gathered
-            print(
-                f"  messages of a step: {gathered / 2**20:,.0f} MiB of embeddings gathered, "
-                f"{4 * weights / 2**20:,.0f} MiB of gradients summed: "
-                f"about {sent / NVLINK * 1e3:.0f} ms over NVLink"
-            )
-        done = operations * (4 / 3 if cached else 1)  # GradCache's first forward pass
-        hours = {name: config.steps * done / (world * SHARE * PEAKS[name] * 3600) for name in SHOWN}
-        shown = ", ".join(f"{hours[name]:,.1f} on {name}" for name in SHOWN)
-        print(f"  hours at {SHARE:.0%} of the peak: {shown}" + " (with GradCache)" * cached)
+            gathered = 0 if is_mlm else 4 * texts["document"] * shape.hidden_size
+            sent = 4 * weights * (2 + config.zero) + 2 * gathered  # a sum goes there and back
+            print("messages of a step")
+            print(f"{gathered / 2**20:10,.0f} MiB  embeddings gathered")
+            print(f"{4 * weights / 2**20:10,.0f} MiB  gradients summed")
+            print(f"{sent / NVLINK * 1e3:10,.0f} ms   over NVLink, nothing else meanwhile")
+        done = work * (4 / 3 if cached else 1)  # GradCache's first forward pass
+        print(f"hours at {SHARE:.0%} of the peak" + (", with GradCache" if cached else ""))
+        for name in SHOWN:
+            hours = config.steps * done / (world * SHARE * PEAKS[name] * 3600)
+            print(f"{hours:10,.1f} h    on {world} x {name}")
 
 
-def memory(config, shape, weights, step, in_step, world, is_mlm):
+def memory(config, shape, weights, texts, in_step, world, is_mlm):
     """part -> bytes in each of `world` processes, and whether the batch goes through GradCache.
 
-    weights: how many; step: column -> texts of a step; in_step: tokens of a step."""
+    weights: how many; texts: column -> how many in a step; in_step: tokens of a step."""
     zero = world if config.zero else 1
     parts = {"weights, float32": 4 * weights, "gradients, float32": 4 * weights}
     parts["AdamW's two moments, float32" + f", shared by {zero}" * (zero > 1)] = 8 * weights / zero
@@ -163,7 +158,7 @@ def memory(config, shape, weights, step, in_step, world, is_mlm):
     if is_mlm:
         parts["scores of the vocabulary, a block and its gradient"] = (1 << 25) * (2 + 4 + 4 + 2)
     else:
-        rows = sum(step.values()) / world + step["document"]  # own embeddings, and all documents
+        rows = sum(texts.values()) / world + texts["document"]  # own embeddings, and all documents
         parts["embeddings and their gradients, float32"] = 8 * rows * shape.hidden_size
-        parts["cosines of a block, float32"] = min(1 << 23, step["query"] * step["document"]) * 12
+        parts["cosines of a block, float32"] = min(1 << 23, texts["query"] * texts["document"]) * 12
     return parts, cached
