@@ -155,7 +155,8 @@ def info_nce(query, document, temperature, first=0, scores=1 << 23):
     if rows >= len(query):
         return of_rows(query, first)
     blocks = enumerate(query.split(rows))
-    return sum(checkpoint(of_rows, q, first + i * rows, use_reentrant=False) for i, q in blocks)
+    again = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random is in it
+    return sum(checkpoint(of_rows, q, first + i * rows, **again) for i, q in blocks)
 
 
 class Gather(torch.autograd.Function):

@@ -5,11 +5,14 @@ processes are real, and talk through gloo; each group is started once and does a
 
 import json
 import os
+import subprocess
+import sys
 import traceback
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_runs import SMALL
 from torch import multiprocessing
 
@@ -162,3 +165,22 @@ def count_moments():
     optimizer.step()
     state = optimizer.optim.state.values()
     return sum(s["exp_avg"].numel() + s["exp_avg_sq"].numel() for s in state)
+
+
+@pytest.mark.parametrize("world", [3, 16])
+def test_a_batch_has_to_divide_among_the_processes(world, data, tmp_path, monkeypatch):
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": world, "WORLD_SIZE": world}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(InputError, match=f"--batch-size=8 does not divide by {world} processes"):
+        train("mlm", data, tmp_path / "run")
+
+
+def test_of_all_processes_only_the_first_says_what_is_wrong(data, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += [f"--master-port={29_600}", ROOT / "mlm.py", *OPTIONS, f"--data={data}"]
+    command += ["--batch-size=3", f"--out={tmp_path / 'run'}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert result.stderr.count("mlm.py: --batch-size=3 does not divide by 2 processes\n") == 1
+    assert "InputError" not in result.stderr, "what torchrun adds is a report of its own"

@@ -10,10 +10,12 @@ from conftest import ROOT
 # what makes a command of the README small: a handful of steps, little data
 SMALL = {
     "data/pydocs.py": "--core=numpy,tqdm --vocab-size=2048",
-    "mlm.py": "--steps=3 --batch-size=8",
+    "mlm.py": "--steps=3 --batch-size=8",  # the last of two values of an option counts
     "contrastive.py": "--steps=3 --batch-size=8",
     "finetune.py": "--steps=3 --batch-size=8",
-    "bench/train.py": "--steps=4",
+    "bench/stages.py": "--steps=4 --batch-size=8",
+    "bench/train.py": "--preset=laptop --texts=8 --tries=8 --rounds=1",
+    "bench/attention.py": "--tokens=300 --heads=1 --rounds=1",
     "bench/parity.py": "--layers=1 --hidden-size=64 --longest=512",
     "bench/encode.py": "--layers=1 --hidden-size=64 --texts=8 --rounds=1",
     "bench/faults.py": "--kills=1 --steps=2 --stages=mlm",
