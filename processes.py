@@ -123,7 +123,7 @@ def sum_over_processes(value):
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     if not isinstance(value, torch.Tensor):  # filled in on the GPU: nothing is copied, nobody waits
         value = torch.full((), value, device=device, dtype=torch.float64)
-    total = value.clone()
+    total = value.to(device, copy=True)
     dist.all_reduce(total)
     return total
 
