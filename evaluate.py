@@ -109,6 +109,7 @@ def models_of(options):
         if stage == trained[0]:
             torch.manual_seed(options.seed)
             untrained = NomicBert(model.config)
+            untrained.to(model.device)
             untrained.tokenizer, untrained.dtype = model.tokenizer, model.dtype
             yield "random weights", untrained, None
         yield f"after {stage}", model, Path(options.out, stage)
