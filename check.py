@@ -61,7 +61,7 @@ def check_stage(main, arguments, config):
         def train(name, *options):
             """A short quiet run: the records of its log, and its weights as bytes."""
             out = Path(folder, name)
-            never = ["--log-every=1", "--eval-every=1000000", "--save-every=1000000"]
+            never = ["--log-every=1", "--eval-every=0", "--save-every=1000000"]
             with (
                 contextlib.redirect_stdout(io.StringIO()),
                 contextlib.redirect_stderr(io.StringIO()),

@@ -74,7 +74,7 @@ class Config:
     clip: float = 1.0  # longest gradient
 
     log_every: int = 10  # steps between lines of the log
-    eval_every: int = 25  # steps between scores on held-out pairs, with an example
+    eval_every: int = 25  # steps between scores on held-out pairs, with an example (0: never)
     save_every: int = 25  # steps between checkpoints
     stop_after: int = 0  # leave after this step as if interrupted; --resume goes on (0: never)
     overfit: bool = False  # show the first batch again and again: the loss must fall towards 0
@@ -273,8 +273,8 @@ def main(arguments):
             record |= speed(model.config, [*map(len, texts)], tokens, seconds, device, world)
             record |= {"gradient_norm": norm.item(), "source": source}
             sample = ""
-            scored = done % config.eval_every == 0 or done == config.steps
-            if scored and rank == 0:  # the others wait for it in their next sum
+            due = config.eval_every and (done % config.eval_every == 0 or done == config.steps)
+            if due and rank == 0:  # the others wait for it in their next sum
                 scores, sample = dev_scores(model, dev, config.trained_length)
                 record |= scores
             common.log(config, bar, record, sample)

@@ -65,7 +65,7 @@ class Config:
     beta2: float = 0.98  # of AdamW; beta1 is 0.9
 
     log_every: int = 10  # steps between lines of the log
-    eval_every: int = 100  # steps between scores on held-out text, with an example
+    eval_every: int = 100  # steps between scores on held-out text, with an example (0: never)
     save_every: int = 100  # steps between checkpoints
     stop_after: int = 0  # leave after this step as if interrupted; --resume goes on (0: never)
     overfit: bool = False  # show the first batch again and again: the loss must fall towards 0
@@ -273,8 +273,8 @@ def main(arguments):
             share_masked = config.mask_probability
             record |= speed(shape, [config.seq_len], tokens, seconds, device, world, share_masked)
             sample = ""
-            scored = done % config.eval_every == 0 or done == config.steps
-            if scored and rank == 0:  # the others wait for it in their next sum
+            due = config.eval_every and (done % config.eval_every == 0 or done == config.steps)
+            if due and rank == 0:  # the others wait for it in their next sum
                 losses, hits = held_out_scores(model, held_out)
                 record |= {"dev_loss": losses.mean().item(), "dev_accuracy": hits.mean().item()}
                 sample = show_guesses(model, held_out[done % len(held_out)][:40])

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from options import InputError
 
-MAY_BE_ZERO = ("seed", "warmup", "stop_after", "negatives", "tokens_in_memory")
+MAY_BE_ZERO = ("seed", "warmup", "stop_after", "negatives", "tokens_in_memory", "eval_every")
 
 
 def best_device():

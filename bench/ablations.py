@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -54,25 +55,36 @@ class Options:
     scale: float = 1.0  # of the steps of every stage: 0.1 for a quick look
 
 
-def train(name, folder, seed, options):
-    """Runs one of RUNS, after what it starts from, unless it is there. Returns minutes, of both."""
-    stage, before, own = RUNS[name]
-    minutes_before = train(before, folder, seed, options) if before else 0.0
+def train(runs, name, folder, arguments_of):
+    """Runs one of `runs`, after what it starts from, unless it is there. Returns minutes, of both.
+
+    arguments_of(stage, name): the options of a run beside its own."""
+    stage, before, own = runs[name]
+    minutes_before = train(runs, before, folder, arguments_of) if before else 0.0
     minutes = folder / f"{name}.minutes"
     if not minutes.is_file():
-        steps = stage.Config().steps * options.scale
-        if name == "finetune-easy-longer":  # as long as mining and training with negatives
-            mined, easy = (
-                train(run, folder, seed, options) - minutes_before
-                for run in ("finetune", "finetune-easy")
-            )
-            steps *= mined / easy
         init = [f"--init={folder / before}"] if before else []
-        arguments = [f"--steps={max(2, round(steps))}", f"--seed={seed}", "--eval-every=1000000"]
+        arguments = [f"--out={folder / name}", *arguments_of(stage, name), *init, *own]
         began = time.perf_counter()
-        stage.main([f"--data={options.data}", f"--out={folder / name}", *arguments, *init, *own])
+        stage.main(arguments)
         minutes.write_text(str((time.perf_counter() - began) / 60))
     return minutes_before + float(minutes.read_text())
+
+
+def arguments_of(stage, name, folder, seed, options):
+    """The laptop preset; "equal time" trains as long as mining and training with negatives take."""
+    steps = stage.Config().steps * options.scale
+    if name == "finetune-easy-longer":
+        mined, easy = (
+            float((folder / f"{run}.minutes").read_text()) for run in ("finetune", "finetune-easy")
+        )
+        steps *= mined / easy
+    return [
+        f"--data={options.data}",
+        f"--steps={max(2, round(steps))}",
+        f"--seed={seed}",
+        "--eval-every=0",
+    ]
 
 
 def main(arguments):
@@ -84,7 +96,8 @@ def main(arguments):
         folder = Path(options.out, str(seed))
         folder.mkdir(parents=True, exist_ok=True)
         for row, name in rows.items():
-            scores = {"minutes": train(name, folder, seed, options)}
+            others = partial(arguments_of, folder=folder, seed=seed, options=options)
+            scores = {"minutes": train(RUNS, name, folder, others)}
             model = NomicBert.from_pretrained(folder / name, device=best_device())
             for task in tasks:
                 ranking, _ = task.rank(model, evaluate.Options.max_tokens)

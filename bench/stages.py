@@ -54,7 +54,7 @@ def measure(name, arguments, skipped):
     """(tokens/s, useful operations of a token, matrix rate, peak memory of a GPU) of a stage."""
     stage, device = STAGES[name], best_device()
     with tempfile.TemporaryDirectory() as folder:
-        quiet = ["--log-every=1", "--eval-every=1000000", "--save-every=1000000"]
+        quiet = ["--log-every=1", "--eval-every=0", "--save-every=1000000"]
         out = f"{folder}/run"
         arguments = [*arguments, *quiet, f"--out={out}"]
         config, _ = read_options(stage.Config, arguments, stage.PRESETS)

@@ -23,7 +23,8 @@ from common import adamw
 from options import InputError
 
 STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
-OPTIONS = [*SMALL[:-3], "--steps=21", "--batch-size=8", "--log-every=1", "--precision=float64"]
+OPTIONS = [*SMALL[:-3], "--steps=20", "--batch-size=8", "--log-every=1", "--eval-every=0"]
+OPTIONS += ["--precision=float64"]
 PIECES = {  # how the share of a process goes through the model
     "whole": [],
     "micro-batches": ["--micro-batch-tokens=300"],
@@ -41,8 +42,6 @@ RUNS = {  # the stages share most of their code: not all of them need all of the
 
 
 def train(stage, data, out, *options):
-    """Twenty steps of 21, unless options say otherwise: the last would end in scores."""
-    options = ["--stop-after=20", *options]
     STAGES[stage].main([*OPTIONS, f"--data={data}", f"--out={out}", *options])
 
 
@@ -95,7 +94,7 @@ def folder(data, tmp_path_factory):
         for world in (2, 4):
             train(stage, data, folder / f"{stage}-resumed-by-{world}", "--stop-after=10")
     for other in range(4):
-        train("contrastive", data, folder / f"other-{other}", f"--seed={other}", "--stop-after=1")
+        train("contrastive", data, folder / f"other-{other}", f"--seed={other}", "--steps=1")
     train("contrastive", data, folder / "resume-0", "--stop-after=10", "--keep=all")
     for world in (2, 4):
         port = 20_000 + int(np.random.default_rng().integers(20_000))
