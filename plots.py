@@ -66,7 +66,8 @@ def draw_curves(logs):
         axis.set(title=titles[stage], xlabel="step")
         axis.set_ylabel("training loss", color=BLUE)
         metric = "dev_accuracy" if stage == "mlm" else "dev_ndcg"
-        scored = [r for r in log if metric in r]
+        if not (scored := [r for r in log if metric in r]):
+            continue
         right = axis.twinx()
         right.plot(
             [r["step"] for r in scored], [r[metric] for r in scored], "o-", color=ORANGE, ms=4

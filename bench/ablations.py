@@ -75,10 +75,13 @@ def arguments_of(stage, name, folder, seed, options):
     """The laptop preset; "equal time" trains as long as mining and training with negatives take."""
     steps = stage.Config().steps * options.scale
     if name == "finetune-easy-longer":
-        mined, easy = (
-            float((folder / f"{run}.minutes").read_text()) for run in ("finetune", "finetune-easy")
-        )
-        steps *= mined / easy
+        minutes = []
+        for run_ in ("finetune", "finetune-easy"):
+            train(
+                RUNS, run_, folder, partial(arguments_of, folder=folder, seed=seed, options=options)
+            )
+            minutes.append(float((folder / f"{run_}.minutes").read_text()))
+        steps *= minutes[0] / minutes[1]
     return [
         f"--data={options.data}",
         f"--steps={max(2, round(steps))}",
