@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from data.write import EQUAL, NEAR, Encoder, powers, text_hashes
-from retrieval import read_judgements, read_texts
+from retrieval import read_judgements, read_lines, read_texts
 
 RUN, LEAST, SHARE, SHORTEST = 8, 8, 0.5, 3
 FILTER = 22  # bits of a table that answers most look-ups with no: 4 MiB
@@ -107,6 +107,8 @@ def held_out_texts(folders):
         )
         for path in sorted(Path(folder, "qrels").glob("*.tsv*")):
             plain = path.with_suffix("") if path.suffix == ".gz" else path
+            if sum(1 for _ in read_lines(plain)) < 2:  # a split without queries
+                continue
             for query, right in read_judgements(plain, queries, documents).items():
                 texts += [queries[query], *(documents[name] for name in right)]
     return texts

@@ -23,6 +23,7 @@ from tokenizers import (
     trainers,
 )
 
+from data.store import fingerprint, load_tokenizer
 from data.write import write_columns
 from options import InputError
 
@@ -133,6 +134,32 @@ def whole_or_nothing(folder):
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def data_folder(out):
+    """As whole_or_nothing, in place of an earlier data folder. Raises InputError where OUT holds
+    something else, before anything is written."""
+    out = Path(out)
+    if out.exists() and not (out / "meta.json").is_file() and (out.is_file() or any(out.iterdir())):
+        raise InputError(f"{out} holds something else than data: --out= chooses another folder")
+    with whole_or_nothing(out) as folder:
+        yield folder
+
+
+def read_tokenizer(path, folders=()):
+    """The tokenizer of a file, or else of data folders that have to agree on it; None without.
+
+    Raises InputError where there is none, or two."""
+    if path and not Path(path).is_file():
+        raise InputError(f"--tokenizer={path}: there is no such file; give a tokenizer.json")
+    found = [load_tokenizer(folder) for folder in folders]
+    if path:
+        found.insert(0, load_tokenizer(Path(path)))
+    if len({fingerprint(tokenizer) for tokenizer in found}) > 1:
+        names = ", ".join(str(name) for name in (path, *folders) if name)
+        raise InputError(f"{names} have different tokenizers: their ids do not mix")
+    return found[0] if found else None
 
 
 def write_jsonl(path, rows):
