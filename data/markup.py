@@ -34,11 +34,14 @@ def read_markup(text, suffix):
     path, sections = [], []  # path: the headings above, each with its level
     for level, heading, prose in parts:
         if level:
-            path = [above for above in path if above[0] < level] + [(level, heading)]
+            path = [above for above in path if above[0] < level]
+            if BOILERPLATE.fullmatch(heading):
+                continue
+            path.append((level, heading))
         names = tuple(heading for _, heading in path)
         prose = re.sub(r"(?<=\w) \([, ]*\)(?=[\s.,;:]|$)", "", prose) if "(" in prose else prose
         prose = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ ]+\n", "\n", prose)).strip("\n")
-        if prose.strip() and not any(BOILERPLATE.fullmatch(name) for name in names):
+        if prose.strip():
             sections.append((names, prose))
     return title, sections
 
@@ -88,7 +91,7 @@ def markdown(text):
     text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
     parts, fence, in_code = [[0, "", []]], "", 0
     for line in text.split("\n"):
-        opening = re.match(r" {0,3}(`{3,}|~{3,})", line)
+        opening = re.match(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})", line)
         if fence:
             if opening and opening[1].startswith(fence) and not line.strip(" `~"):
                 fence = ""

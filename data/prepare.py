@@ -182,13 +182,15 @@ def write_pairs(folder, pairs, prefixes, tokenizer, held_out=None):
 
 
 def write_retrieval(folder, corpus, queries, prefixes):
-    """The BEIR layout. corpus: name -> text; queries: split -> (query, name of its document)."""
+    """The BEIR layout. corpus: name -> text; queries: split -> (query, name of its document, or a
+    list of names)."""
     write_jsonl(folder / "corpus.jsonl", ({"_id": n, "text": text} for n, text in corpus.items()))
     asked, judged = [], {split: ["query-id\tcorpus-id\tscore"] for split in queries}
     for split, rows in queries.items():
         for i, (query, name) in enumerate(rows):
             asked.append({"_id": f"{split}-{i}", "text": query})
-            judged[split].append(f"{split}-{i}\t{name}\t1")
+            for right in dict.fromkeys([name] if isinstance(name, str) else name):
+                judged[split].append(f"{split}-{i}\t{right}\t1")
     write_jsonl(folder / "queries.jsonl", asked)
     (folder / "qrels").mkdir()
     for split, lines in judged.items():

@@ -15,6 +15,7 @@ those of a run that was never stopped.
 import itertools
 import json
 import os
+import threading
 import time
 from collections import Counter, deque
 from contextlib import contextmanager, nullcontext
@@ -142,7 +143,14 @@ def json_line(row):
 def start_process(*arguments):
     global encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    encoder = Encoder(*arguments)
+    encoder, parent = Encoder(*arguments), os.getppid()
+
+    def leave_with_parent():  # which, killed, cannot end its children
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def encode_block(rows):
