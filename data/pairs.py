@@ -20,6 +20,7 @@ from pathlib import Path
 from data.contamination import HeldOut, contamination
 from data.prepare import (
     read_tokenizer,
+    split_of,
     train_tokenizer,
     write_documents,
     write_jsonl,
@@ -143,9 +144,7 @@ def hold_out(sources, options, folder, given):
     training = []
     for source in sources:
         if source.stage == 1:
-            rows = checked_rows(source, options, Tally(shown=0))
-            rows = itertools.islice(rows, SAMPLE_ROWS if not given else 0)
-            training += [row["document"] for row in rows]
+            training += hold_out_text(source, options, folder)
             continue
         corpus, queries, text = first_pass(source, options)
         training += [] if given else text
@@ -156,6 +155,25 @@ def hold_out(sources, options, folder, given):
             print(f"{source.name}: too few queries to hold some out, 20 are needed")
     tokenizer = given or train_tokenizer(training, options.vocab_size)
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def text_split(document):
+    """Of stage 1's text one document in a hundred is dev and one is test, by a hash of its
+    beginning."""
+    return split_of(document[:1000], 1, 1)
+
+
+def hold_out_text(source, options, folder):
+    """Writes the first of a text's held-out documents to aside.jsonl; returns a sample of others."""
+    splits, characters = {"train": [], "dev": [], "test": []}, 0
+    for row in itertools.islice(checked_rows(source, options, Tally(shown=0)), SAMPLE_ROWS):
+        splits[text_split(row["document"])].append(row["document"])
+        characters += len(row["document"])
+        if characters > SAMPLE_CHARACTERS:
+            break
+    aside = [{"split": s, "text": t} for s in ("dev", "test") for t in splits[s][: options.queries]]
+    write_jsonl(folder / "aside.jsonl", aside)
+    return splits["train"]
 
 
 def held_out_queries(folder, name):
@@ -179,6 +197,8 @@ def write_sources(sources, options, folder, tokenizer, held_out):
             name = f"stage{source.stage}/{source.name}" if source.stage > 1 else "stage1/train"
             aside = held_out_queries(folder, source.name)
             rows = checked_rows(source, options, tally)
+            if source.stage == 1:
+                rows = (row for row in rows if text_split(row["document"]) == "train")
             rows = (row for row in rows if row.get("query") not in aside)
             prefixes = dict(zip(("query", "document"), source.prefixes, strict=True))
             prefixes = prefixes if source.stage > 1 else {}
@@ -195,8 +215,13 @@ def write_sources(sources, options, folder, tokenizer, held_out):
 def write_text(folder, metas, tokenizer, held_out):
     """Stage 1's splits: the documents of the pairs, unless there is text of its own; dev and test
     from the documents that are held out."""
+    path, aside = folder / "aside.jsonl", []
+    if path.is_file():
+        with open(path, encoding="utf-8") as lines:
+            aside = [json.loads(line) for line in lines]
+        path.unlink()
     for split in ("dev", "test"):
-        texts = {}
+        texts = dict.fromkeys(row["text"] for row in aside if row["split"] == split)
         for task in sorted((folder / "retrieval").glob("*")):
             with open(task / "corpus.jsonl", encoding="utf-8") as lines:
                 corpus = {row["_id"]: row["text"] for row in map(json.loads, lines)}
@@ -217,8 +242,8 @@ def prepare(sources, options, command):
     Raises InputError for names that clash and an OUT that holds something else."""
     began, out = time.time(), Path(options.out)
     partial = out.with_name(out.name + ".partial")
-    before = check_names(sources, out)
-    if before.get("commands") and command in before["commands"]:
+    before = check_names(sources, out, command)
+    if command in before.get("commands", []):
         print(f"{out} is there, made by the same command: nothing to do")
         return out
     folders = [out] if before else []
@@ -252,21 +277,30 @@ def prepare(sources, options, command):
     return out
 
 
-def check_names(sources, out):
-    """The meta.json of OUT, {} if it is new. Raises InputError for two sources of one name."""
+def check_names(sources, out, command):
+    """The meta.json of OUT, {} if it is new. Raises InputError for two sources of one name, and an
+    OUT that holds something else."""
     names = [(source.stage, source.name) for source in sources]
     for stage, name in names:
         if names.count((stage, name)) > 1:
             raise InputError(f"two sources have the name {name}: rename one of the files")
+    if not (out / "meta.json").is_file():
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise InputError(f"{out} holds something else than data: --out= chooses another folder")
+        return {}
+    meta = json.loads((out / "meta.json").read_text())
+    if "commands" not in meta:
+        raise InputError(f"{out} is a data folder of another script: --out= chooses another folder")
+    if command in meta["commands"]:
+        return meta
+    if any(source.stage == 1 for source in sources):
+        raise InputError(f"{out} has stage 1's text already: --out= begins another folder")
+    for stage, name in names:
         if (out / f"stage{stage}" / name).exists():
             raise InputError(
-                f"{out}/stage{stage} has a source {name}: rename the file, or remove it"
+                f"{out}/stage{stage} has a source {name}: rename the file or remove it"
             )
-    if (out / "meta.json").is_file():
-        return json.loads((out / "meta.json").read_text())
-    if out.is_file() or out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} holds something else than data: --out= chooses another folder")
-    return {}
+    return meta
 
 
 def publish(partial, out, before, metas, held_out, command):
