@@ -164,7 +164,7 @@ def text_split(document):
 
 
 def hold_out_text(source, options, folder):
-    """Writes the first of a text's held-out documents to aside.jsonl; returns a sample of others."""
+    """Writes a text's first held-out documents to aside.jsonl; returns a sample of the others."""
     splits, characters = {"train": [], "dev": [], "test": []}, 0
     for row in itertools.islice(checked_rows(source, options, Tally(shown=0)), SAMPLE_ROWS):
         splits[text_split(row["document"])].append(row["document"])
