@@ -218,7 +218,8 @@ def source_of(stage, row, options):
     """A row of the tables as a source; None where there is nothing to read it from."""
     name, task, _, columns, bucket, public = row
     files = local_files(options.local, name, bucket) if options.local else []
-    columns = tuple(columns.split(",")) if "," in columns or stage == 1 else PUBLISHED
+    named = columns not in ("", "set", "0,1", "0,1,2")  # else rows are lists, or as published
+    columns = tuple(columns.split(",")) if named else PUBLISHED
     if files:
         columns = columns_of(files, columns) if stage > 1 else columns
         return Pairs(name, stage, prefixes_of(task), lambda: rows_of_files(files), columns, files)

@@ -69,7 +69,8 @@ def checked_rows(source, options, tally):
     if usable == 0:
         wanted = ", ".join(source.columns[: 2 if source.stage > 1 else 1])
         found = f"its rows have {', '.join(map(str, keys))}" if keys else "no row is a JSON object"
-        raise InputError(f"{source.name}: no row has {wanted}: {found}; --columns= names them")
+        hint = "; --columns= names them" if hasattr(options, "columns") else ""
+        raise InputError(f"{source.name}: no row has {wanted}: {found}{hint}")
 
 
 def checked(value, source, options, where, tally):
