@@ -2,7 +2,7 @@
 
     python bench/data.py                         # about five minutes
     python bench/data.py --rows=20000 --large=50000 --rounds=1                       # quick
-    python bench/data.py --pairs=a.jsonl.gz,b.jsonl.gz --tokenizer=FILE              # real lengths
+    python bench/data.py --pairs=a.jsonl.gz,b.jsonl.gz --tokenizer=FILE         # real lengths
 
 - speed: JSON lines -> a source on disk (reading, checking, tokenising, the held-out check, copies,
   writing), against the tokenizers library's encode_batch_fast alone on the same texts, which are in
@@ -31,8 +31,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import store
 from data.contamination import HeldOut
-from data.jsonl import json_rows
 from data.jsonl import Options as Prepare
+from data.jsonl import json_rows
 from data.pairs import Pairs, checked_rows
 from data.write import Tally, tokenizing, write_source
 from options import InputError, read_options, run
