@@ -8,10 +8,9 @@
   writing), against the tokenizers library's encode_batch_fast alone on the same texts, which are in
   memory already; both with as many threads or processes
 - memory: the peak of all processes together, at 10 thousand rows and at --large
-- opening: a source of a thousand rows and one of ten million (files with holes), until the first
-  text is there
+- opening: a source of a thousand rows and one of ten million (files with holes), and the first text
 - reading: random batches as contrastive.py draws them, against the fastest stage of bench/train.py
-- the paper's data: computed from these rates and from lengths of real pairs. What is assumed is said
+- the paper's data: computed from these rates and from lengths of real pairs, saying what is assumed
 
 The texts are the pairs of a data folder, each made unique by a number.
 """
@@ -43,7 +42,7 @@ PAPER, RAW = 234_553_344, 470_000_000  # pairs after filtering (table 7) and bef
 @dataclass
 class Options:
     data: str = "out/pydocs"  # a data folder: its pairs are the texts
-    rows: int = 100_000  # of which the speed is measured
+    rows: int = 50_000  # of which the speed is measured
     large: int = 1_000_000  # rows at which the memory is measured, beside 10,000
     rounds: int = 3  # of each measurement; the best counts
     stage: int = 52_044  # tokens/s of the fastest stage here (bench/train.py)
@@ -156,7 +155,7 @@ def measure_memory(options, folder):
 
 
 def measure_opening(options, folder, tokenizer):
-    print(f"\n{'rows':>12}{'opened, first text read':>28}")
+    print(f"\n{'rows':>12}{'opened':>14}{'first text':>14}")
     for rows, times in ((1_000, 201), (10_000_000, 201)):
         where, length = folder / f"open-{rows}", 64
         where.mkdir()
@@ -167,13 +166,15 @@ def measure_opening(options, folder, tokenizer):
         meta = {"rows": rows, "columns": ["query", "document"], "dtype": "uint16"}
         meta |= {"prefixes": {}, "tokenizer": store.fingerprint(tokenizer)}
         (where / "meta.json").write_text(json.dumps(meta))
-        seconds = []
+        opened, read = [], []
         for i in range(times):
             began = time.perf_counter()
             source = store.Source(where, tokenizer)
+            opened.append(time.perf_counter() - began)
             source.columns["document"][rows * i // times].sum()
-            seconds.append(time.perf_counter() - began)
-        print(f"{rows:12,}{np.median(seconds) * 1e3:25.2f} ms", flush=True)
+            read.append(time.perf_counter() - began - opened[-1])
+        opened, read = (np.median(seconds) * 1e3 for seconds in (opened, read))
+        print(f"{rows:12,}{opened:11.2f} ms{read:11.2f} ms", flush=True)
 
 
 def measure_reading(options, source):
@@ -185,11 +186,12 @@ def measure_reading(options, source):
         texts = source.texts("query", rows, 2048) + source.texts("document", rows, 2048)
         tokens += len(store.pack(texts)[0])
     rate = tokens / (time.perf_counter() - began)
-    print(
-        f"\nrandom batches of {size:,} of {len(source):,} rows, packed: {rate:,.0f} tokens/s, ",
-        end="",
-    )
+    print(f"\nrandom batches of {size:,} of {len(source):,} rows, packed: {rate:,.0f} tokens/s,")
     print(f"{rate / options.stage:.0f} times the {options.stage:,} of the fastest stage")
+
+
+def name_of(path):
+    return path.parent.name if path.name == "pairs.jsonl" else path.name.split(".")[0]
 
 
 def cost_on_paper(options, rates, tokenizer):
@@ -204,7 +206,7 @@ def cost_on_paper(options, rates, tokenizer):
         lengths = [len(encoding) for encoding in tokenizer.encode_batch_fast(texts)]
         means.append((sum(lengths) / len(rows), sum(map(len, texts)) / len(rows), path))
     print("\ntokens of a pair, the first 2,000 of each source, uncut:")
-    print("  " + ", ".join(f"{mean:.0f} {path.name.split('.')[0]}" for mean, _, path in means))
+    print("  " + ", ".join(f"{mean:.0f} {name_of(path)}" for mean, _, path in means))
     tokens, characters = np.mean([mean[:2] for mean in means], axis=0)
     width = 2 if tokenizer.get_vocab_size() <= 65_536 else 4
     on_disk = PAPER * (tokens * width + 2 * 8)
@@ -213,18 +215,18 @@ def cost_on_paper(options, rates, tokenizer):
     print(
         f"the paper's {PAPER:,} pairs, if they have {tokens:.0f} tokens each (the mean of these):"
     )
+    print(f"  {PAPER * tokens / 1e9:,.0f} billion tokens")
+    print(f"  {on_disk / 1e9:,.0f} GB of ids and offsets on disk")
     print(
-        f"  {PAPER * tokens / 1e9:,.0f} billion tokens; {on_disk / 1e9:,.0f} GB of ids and offsets, "
+        f"  {PAPER * characters / 1e9:,.0f} GB of text beside them (pairs.jsonl), or a little more"
     )
-    print(f"  and about {PAPER * characters / 1e9:,.0f} GB of text beside them (pairs.jsonl)")
     print(f"  {PAPER * tokens / rates[1] / 3600:,.0f} hours of one process at the rate above")
+    hours = operations / options.gpu / 3600
+    print(f"  filtering the {RAW / 1e6:,.0f} million before that with gte-base:")
     print(
-        f"  filtering the {RAW / 1e6:,.0f} million before it with gte-base: {operations:.1e} operations,"
+        f"  {operations:.1e} operations, {hours:,.0f} hours of a GPU that does {options.gpu:.0e}/s"
     )
-    print(
-        f"  {operations / options.gpu / 3600:,.0f} hours of a GPU that does {options.gpu:.0e} a second"
-    )
-    print("assumed: that mean, the share of the GPU's peak, texts read whole; measured: the rate")
+    print("assumed: that mean, the GPU's rate, texts read whole; measured: the rate of tokenising")
 
 
 def main(arguments):
