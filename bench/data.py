@@ -32,8 +32,9 @@ from data import store
 from data.contamination import HeldOut
 from data.jsonl import Options as Prepare
 from data.jsonl import json_rows
-from data.pairs import Pairs, checked_rows
-from data.write import Tally, tokenizing, write_source
+from data.parallel import tokenizing
+from data.rows import Pairs, checked_rows
+from data.write import Tally, write_source
 from options import InputError, read_options, run
 
 PAPER, RAW = 234_553_344, 470_000_000  # pairs after filtering (table 7) and before (sec. 4.2.1)

@@ -25,8 +25,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.jsonl import UNIMPORTANT, json_rows
-from data.pairs import Pairs, prepare
+from data.pairs import prepare
 from data.prepare import show_pairs
+from data.rows import Pairs
 from options import InputError, read_options, run
 
 ST = "sentence-transformers/embedding-training-data"

@@ -14,8 +14,8 @@ hundred thousand, up to 1,000 held-out queries: a retrieval task of its name. Th
 stage 1's text, unless --text names files. Rows that are faulty are counted by reason, the first of
 each shown, and left out; with --strict they are errors.
 
-The first call decides the tokenizer, and what stage 1 reads; later ones add sources. A query that a
-later source holds out may stand in an earlier one: prepare those that overlap in one call.
+The first call decides the tokenizer, and what stage 1 reads; later ones add sources. What a later
+source holds out is taken from the earlier ones.
 """
 
 import json
@@ -25,8 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.pairs import Pairs, prepare
+from data.pairs import prepare
 from data.prepare import show_pairs
+from data.rows import Pairs
 from options import InputError, read_options, run
 from retrieval import read_lines
 

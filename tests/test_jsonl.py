@@ -13,8 +13,9 @@ import pytest
 from conftest import ROOT
 
 import finetune
-from data import jsonl, write
+from data import jsonl
 from data.contamination import HeldOut
+from data.parallel import Encoder
 from data.store import Source, load_tokenizer, open_sources
 from options import InputError
 from retrieval import Retrieval
@@ -191,7 +192,7 @@ def test_every_stage_can_open_what_was_prepared(tmp_path):
 def test_held_out_text_in_training_rows_is_found_and_quotes_are_not(tokenizer):
     held, other = sentence(1, 40), sentence(2, 40)
     index = HeldOut([held, "a short one"], tokenizer)
-    encoder = write.Encoder(tokenizer, index)
+    encoder = Encoder(tokenizer, index)
     words = held.split()
     texts = {
         held.upper() + "!!": 2,
@@ -228,7 +229,7 @@ def test_near_copies_agree_with_sets_of_runs_counted_by_hand(tokenizer):
         own = runs(text)
         shared = [(len(own & r), min(len(own), len(r))) for r in map(runs, held)]
         expected.append(any(count >= max(8, 0.5 * least) for count, least in shared))
-    found = index.leaks(*write.Encoder(tokenizer, None).encode(texts)) > 0
+    found = index.leaks(*Encoder(tokenizer, None).encode(texts)) > 0
     assert found.tolist() == expected and 20 < sum(expected) < 180
 
 
@@ -253,6 +254,24 @@ def test_rows_that_repeat_held_out_text_are_removed_and_counted(tmp_path):
     assert meta["contamination"]["removed"] == 3
     assert meta["contamination"]["sources"] == {"stage2/b": {"near held-out text": 3}}
     assert meta["rows"]["stage2/b"] == 50 + 3 - 3 - 5  # 5 queries are held out
+
+
+def test_what_a_later_source_holds_out_is_taken_from_earlier_ones(tmp_path):
+    rows = pairs(200)
+    prepare(save(tmp_path / "a.jsonl", rows), f"--out={tmp_path}/out")
+    before = json.loads((tmp_path / "out/meta.json").read_text())["rows"]
+    late = save(tmp_path / "b.jsonl", [{**row, "query": f"again {row['query']}"} for row in rows])
+    prepare(late, f"--out={tmp_path}/out", "--stage=3")
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    held = Retrieval(tmp_path / "out/retrieval/b", "test")
+    held = {held.documents[i] for relevant in held.relevant for i in relevant}
+    for source in ("stage2/a", "stage3/b"):
+        lines = [json.loads(line) for line in open(tmp_path / "out" / source / "pairs.jsonl")]
+        assert len(lines) == meta["rows"][source] > 100
+        assert not any(line["document"] in held for line in lines)
+    assert meta["rows"]["stage1/train"] == before["stage1/train"] - (
+        before["stage2/a"] - meta["rows"]["stage2/a"]
+    )
 
 
 # ------------------------------------------------------------------------------------------------
