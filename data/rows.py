@@ -1,4 +1,4 @@
-"""Rows of pairs as they come from files, checked one at a time: what is faulty is counted, by reason."""
+"""Rows of pairs as files have them, checked one at a time: faults are counted by reason."""
 
 import itertools
 from collections.abc import Callable
