@@ -200,10 +200,12 @@ def prepare(sources, options, command):
         if not list(partial.glob("stage*/*/meta.json")):
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    except OSError as error:
-        raise InputError(
-            f"{error.strerror or error} while writing {partial}; the same command goes on there"
-        ) from None
+    except OSError as error:  # a full disk, a network that went away
+        kept = f"{partial} keeps what is done, and the same command goes on"
+        if not begun.is_file():
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = "nothing was left behind"
+        raise InputError(f"{error.strerror or error}; {kept}") from None
     print(f"wrote {out} in {time.time() - began:.0f} s")
     return out
 

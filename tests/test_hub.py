@@ -110,6 +110,39 @@ def test_rows_are_streamed_by_the_datasets_library_as_from_the_hub(tmp_path, mon
     assert meta["rows"]["stage2/squad"] == meta["rows"]["stage2/wikipedia"] == 54
 
 
+def test_a_hub_out_of_reach_is_one_line_and_what_was_done_is_kept(tmp_path, monkeypatch):
+    shard(tmp_path / "local/squad.jsonl.gz", pairs(100))
+    reached = True
+
+    def load(*arguments, **options):
+        if not reached:
+            raise ConnectionError("no route to host")
+        return [{"text": json.dumps([sentence(i, 5), sentence(1000 + i)])} for i in range(60)]
+
+    monkeypatch.setattr(hub, "load", load)
+    command = ["--stage=2", "--sources=squad,quora", f"--local={tmp_path}/local"]
+    command += [f"--out={tmp_path}/out"]
+    reached = False
+    with pytest.raises(InputError, match="no route to host; nothing was left behind"):
+        prepare(*command)
+    assert [path.name for path in tmp_path.iterdir()] == ["local"]
+    reached, calls = True, []
+
+    def second_time_fails(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise ConnectionError("no route to host")
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(hub, "load", second_time_fails)
+    with pytest.raises(InputError, match="no route to host; .*out.partial keeps what is done"):
+        prepare(*command)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial/begun.json").is_file()
+    prepare(*command)
+    assert json.loads((tmp_path / "out/meta.json").read_text())["rows"]["stage2/quora"] == 54
+
+
 @pytest.mark.parametrize(
     "options, reason",
     [
