@@ -121,7 +121,7 @@ class Options:
     queries: int = 1000  # held-out queries of each source, at most
     pool: int = 10_000  # documents that a retrieval task searches, at most
     held_out: str = ""  # tasks in the BEIR layout that must not be trained on, with commas
-    longest: int = 20_000  # characters of a text; the rest is cut off and counted
+    longest: int = 20_000  # characters of a pair's texts; the rest is cut off and counted
     strict: bool = False  # a row that is faulty, a copy or too long is an error
     processes: int = 0  # that tokenise; 0: as many as cores
     list: bool = False  # prints the tables and prepares nothing

@@ -47,7 +47,7 @@ class Options:
     pool: int = 10_000  # documents that a retrieval task searches, at most
     held_out: str = ""  # further tasks in the BEIR layout that must not be trained on, with commas
     limit: int = 0  # rows of each source; 0: all
-    longest: int = 20_000  # characters of a text; the rest is cut off and counted
+    longest: int = 20_000  # characters of a pair's texts; the rest is cut off and counted
     strict: bool = False  # a row that is faulty, a copy or too long is an error
     processes: int = 0  # that tokenise; 0: as many as cores
     show: int = 0  # prints so many pairs, drawn at random from all sources

@@ -27,7 +27,7 @@ from data.prepare import (
 )
 from data.rows import checked_rows
 from data.store import Source, load_tokenizer
-from data.write import Tally, add_stored, stored_rows, write_source
+from data.write import Tally, add_stored, stored_rows, write_json, write_source
 from options import InputError
 
 SAMPLE_ROWS, SAMPLE_CHARACTERS = 100_000, 50_000_000  # of a source: what the first pass looks at
@@ -187,7 +187,7 @@ def prepare(sources, options, command):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             hold_out(sources, options, partial, given)
-            begun.write_text(json.dumps(command))
+            write_json(begun, command)
         tokenizer = load_tokenizer(partial)
         tasks = [*(partial / "retrieval").glob("*"), *(out / "retrieval").glob("*")]
         tasks += [Path(name) for name in options.held_out.split(",") if name]
@@ -282,7 +282,7 @@ def publish(partial, out, before, metas, held_out, command):
     for i, row in enumerate(rows):
         row["_id"] = f"{i}"
     write_jsonl(partial / "search" / "corpus.jsonl", rows)
-    (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+    write_json(partial / "meta.json", meta)
     if not before:
         if out.is_dir():
             out.rmdir()  # empty

@@ -66,7 +66,7 @@ def checked(value, source, options, where, tally):
     texts, negatives = [t.strip() for t in texts], [t.strip() for t in negatives if t.strip()]
     if "" in texts:
         return tally.add("empty", where, names[texts.index("")])
-    if max(map(len, [*texts, *negatives])) > options.longest:
+    if source.stage > 1 and max(map(len, [*texts, *negatives])) > options.longest:
         tally.add("over length, cut", where, f"more than {options.longest:,} characters")
         texts, negatives = ([t[: options.longest] for t in part] for part in (texts, negatives))
     return {**dict(zip(names, texts, strict=True)), "negatives": negatives, "where": where}

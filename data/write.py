@@ -1,7 +1,8 @@
 """Texts -> token ids on disk, in a stream: the layout of data/store.py, whatever the size.
 
     with tokenizing(tokenizer, held_out, processes=8) as tokenize:
-        write_source("out/faq/stage2/faq", rows, SEARCH, tokenize, tally)
+        prefixes = {"query": "search_query: ", "document": "search_document: "}
+        write_source("out/faq/stage2/faq", rows, prefixes, tokenize, Tally())
 
 rows may be any iterator of {"query": ..., "document": ..., "negatives": [...]}, or of documents
 alone. They travel in blocks of a thousand to the processes that tokenise, and what comes back is
@@ -67,6 +68,13 @@ class Recent:
         return True
 
 
+def write_json(path, value):
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(path)
+
+
 # ------------------------------------------------------------------------------------------------
 # In the process that writes
 
@@ -80,11 +88,12 @@ class Files:
         self.folder, self.path = folder, folder / "progress.json"
         self.state = {"blocks": 0, "rows": 0, "tokens": {}, "counts": {}, "sizes": {}}
         folder.mkdir(parents=True, exist_ok=True)
-        try:
+        if self.path.is_file():
             before = json.loads(self.path.read_text())
-            self.state = before["state"] if before["inputs"] == inputs else self.state
-        except (OSError, ValueError, KeyError):
-            pass
+            sizes = before["state"]["sizes"]  # less on disk, after a loss of power: begin anew
+            there = [p.stat().st_size >= sizes.get(p.name, 0) for p in folder.iterdir()]
+            if before["inputs"] == inputs and all(there):
+                self.state = before["state"]
         self.inputs, self.open, self.saved = inputs, {}, time.monotonic()
         for path in folder.iterdir():
             if path.name in self.state["sizes"]:
@@ -109,9 +118,7 @@ class Files:
         for name, file in self.open.items():
             file.flush()
             self.state["sizes"][name] = file.tell()
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"inputs": self.inputs, "state": self.state}))
-        temporary.replace(self.path)
+        write_json(self.path, {"inputs": self.inputs, "state": self.state})
         self.saved = time.monotonic()
 
     def close(self):
@@ -160,7 +167,8 @@ def append_block(files, block, encoded, tally, recent):
     state = files.state
     keep = leaks == 0
     if recent is not None:
-        keep &= np.fromiter(map(recent.add, key.tolist()), bool, len(key)) | ~keep
+        pairs = zip(keep.tolist(), key.tolist(), strict=True)
+        keep = np.fromiter((kept and recent.add(k) for kept, k in pairs), bool, len(keep))
     for i in np.flatnonzero(~keep):
         reason = (DUPLICATE, NEAR, EQUAL)[leaks[i]]
         shown = str(block[i].get("query", block[i]["document"])[:80])
@@ -211,9 +219,9 @@ def finish(files, prefixes, tokenizer, tally):
     }
     if files.inputs[0] is not None:
         meta |= {"counts": dict(tally.counts), "inputs": files.inputs}
-    (folder / "keys.bin").unlink(missing_ok=True)
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-    files.path.unlink()
+    write_json(folder / "meta.json", meta)
+    for path in (folder / "keys.bin", files.path):
+        path.unlink(missing_ok=True)
     return meta
 
 
