@@ -117,6 +117,8 @@ def in_a_parent(function, *arguments):
 
 
 def report(queue, function, *arguments):
+    # processes start here as they do in a script: by fork on Linux, and not by this one's spawn
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     queue.put(function(*arguments))
 
 
