@@ -1,5 +1,6 @@
 """Small things to test with: made here, in a moment, the same at every call."""
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +23,12 @@ def tiny_model(tokenizer=None, cls=NomicBert, **shape):
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     (model if cls is NomicBert else model.bert).tokenizer = tokenizer
     return model
+
+
+def unit_rows(n, E=8, seed=0):
+    """Random embeddings (n, E) at unit length."""
+    rows = np.random.default_rng(seed).normal(size=(n, E)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 class LargestTensor(TorchDispatchMode):
