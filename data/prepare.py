@@ -23,7 +23,7 @@ from tokenizers import (
     trainers,
 )
 
-from data.store import write_columns
+from data.write import write_columns
 from options import InputError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -142,16 +142,16 @@ def write_jsonl(path, rows):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def write_documents(folder, texts, tokenizer):
-    write_columns(folder, {"document": texts}, {}, tokenizer)
+def write_documents(folder, texts, tokenizer, held_out=None):
+    return write_columns(folder, {"document": texts}, {}, tokenizer, held_out)
 
 
-def write_pairs(folder, pairs, prefixes, tokenizer):
+def write_pairs(folder, pairs, prefixes, tokenizer, held_out=None):
     """pairs: (query, document); prefixes: theirs. The text goes beside the tokens, for people."""
     queries, documents = zip(*pairs, strict=True) if pairs else ((), ())
     columns = {"query": queries, "document": documents}
-    write_columns(folder, columns, dict(zip(columns, prefixes, strict=True)), tokenizer)
-    write_jsonl(folder / "pairs.jsonl", ({"query": q, "document": d} for q, d in pairs))
+    prefixes = dict(zip(columns, prefixes, strict=True))
+    return write_columns(folder, columns, prefixes, tokenizer, held_out)
 
 
 def write_retrieval(folder, corpus, queries, prefixes):

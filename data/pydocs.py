@@ -30,6 +30,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.contamination import HeldOut, contamination
 from data.docstrings import package_root, read_packages, requirements_of
 from data.prepare import (
     NearDuplicates,
@@ -249,23 +250,36 @@ def prepare(options):
             training_text += [code for _, code in pairs["summary-code"]]
             tokenizer = train_tokenizer(training_text, options.vocab_size)
             tokenizer.save(str(folder / "tokenizer.json"))
-            for split, rows in documents.items():
-                write_documents(folder / "stage1" / split, [text for _, text in rows], tokenizer)
-            write_documents(folder / "stage1" / "long", held_out_pages, tokenizer)
-            for source, rows in ((source, rows) for source, rows in pairs.items() if rows):
-                stage = "stage3" if source == SUPERVISED else "stage2"
-                write_pairs(folder / stage / source, rows, PREFIXES[source], tokenizer)
             for task in EVALUATED:
                 where = folder / "retrieval" / task
                 write_retrieval(where, corpus[task], queries[task], PREFIXES[task])
+            held_out = HeldOut.of_tasks((folder / "retrieval").iterdir(), tokenizer)
+            written, removed = {}, {}
+            for split, rows in documents.items():
+                texts, checked = [text for _, text in rows], held_out if split == "train" else None
+                where = folder / "stage1" / split
+                _, counts = write_documents(where, texts, tokenizer, checked)
+                removed |= {f"stage1/{split}": counts} if counts else {}
+            write_documents(folder / "stage1" / "long", held_out_pages, tokenizer)
+            for source, rows in ((source, rows) for source, rows in pairs.items() if rows):
+                name = f"{'stage3' if source == SUPERVISED else 'stage2'}/{source}"
+                meta, counts = write_pairs(
+                    folder / name, rows, PREFIXES[source], tokenizer, held_out
+                )
+                written[source], removed = (
+                    meta["rows"],
+                    removed | ({name: counts} if counts else {}),
+                )
             write_retrieval(folder / "long" / "pages", pool, {"test": questions}, SEARCH)
             everything = [
                 {"_id": name, "text": text} for rows in documents.values() for name, text in rows
             ]
             write_jsonl(folder / "search" / "corpus.jsonl", everything)
-            meta = {"inputs": inputs, "rows": {source: len(rows) for source, rows in pairs.items()}}
+            leaks = contamination(held_out, removed)
+            meta = {"inputs": inputs, "rows": written, "contamination": leaks}
             (folder / "meta.json").write_text(json.dumps(meta, indent=1))
         describe(documents, pairs, corpus, queries)
+        print(f"  {leaks['removed']:,} training rows that repeat held-out text were left out")
         print(f"wrote {out} in {time.time() - began:.0f} s")
     if options.show:
         show_pairs(out, options.show)

@@ -6,17 +6,25 @@ A column of texts is two flat files, so that opening it costs the same at a thou
     query.tokens.bin     uint16 or uint32   the ids of all texts in a row, each as [CLS] ... [SEP]
     query.offsets.bin    int64 (n + 1,)     text i is tokens[offsets[i] : offsets[i + 1]]
 
-A source is a folder of columns with a meta.json. A data folder is sources of one tokenizer:
+A row may have negatives of its own, any number of them. They are a third column, and a file that
+says whose they are; a source without has neither file:
+
+    negative.tokens.bin, negative.offsets.bin   as above, the negatives of all rows in a row
+    negative.rows.bin    int64 (rows + 1,)      those of row i are texts rows[i] ... rows[i + 1] - 1
+
+A source is a folder of columns with a meta.json, which is written last. A data folder is sources of
+one tokenizer:
 
     tokenizer.json   meta.json        what it was made from; written last
     stage1/SPLIT/                     one column, document; SPLIT is train, dev, test or long
-    stage2/NAME/   stage3/NAME/       columns query and document; pairs.jsonl has them as text
+    stage2/NAME/   stage3/NAME/       columns query and document, maybe negative; pairs.jsonl has
+                                      them as text
     retrieval/NAME/                   evaluation, in the BEIR layout: corpus.jsonl, queries.jsonl,
                                       qrels/SPLIT.tsv; and meta.json with the task prefixes
 
 Which rows make batch number t is a pure function of (seed, t). It depends neither on the number of
 processes nor on micro-batches, evaluation or restarts; so a resumed run needs no saved reader, and
-two runs with one seed are equal.
+two runs with one seed are equal. What writes all this is data/write.py.
 """
 
 import hashlib
@@ -66,7 +74,9 @@ class Column:
     """`column[i]` is the ids of text i, `column.tokens` all of them in one flat array."""
 
     def __init__(self, folder, name, dtype):
-        self.tokens = np.memmap(folder / f"{name}.tokens.bin", dtype=dtype, mode="r")
+        path = folder / f"{name}.tokens.bin"
+        empty = path.stat().st_size == 0  # nothing can be mapped then
+        self.tokens = np.empty(0, dtype) if empty else np.memmap(path, dtype=dtype, mode="r")
         self.offsets = np.memmap(folder / f"{name}.offsets.bin", dtype=np.int64, mode="r")
 
     def __len__(self):
@@ -87,6 +97,9 @@ class Source:
             self.meta = json.loads((folder / "meta.json").read_text())
             names, dtype, prefixes = (self.meta[key] for key in ("columns", "dtype", "prefixes"))
             self.columns = {name: Column(folder, name, dtype) for name in names}
+            if "negative" in names:
+                rows = np.memmap(folder / "negative.rows.bin", dtype=np.int64, mode="r")
+                self.first_negative = rows
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{folder} is not a source of texts: {error!r}") from None
         if self.meta["tokenizer"] != fingerprint(tokenizer):
@@ -102,6 +115,13 @@ class Source:
 
     def __len__(self):
         return self.meta["rows"]
+
+    def negatives(self, row):
+        """Which texts of column "negative" are this row's own: a range, empty where there are none;
+        texts("negative", source.negatives(row), n) reads them, with the documents' prefix."""
+        if "negative" not in self.columns:
+            return range(0)
+        return range(int(self.first_negative[row]), int(self.first_negative[row + 1]))
 
     def texts(self, column, rows, max_tokens):
         """Rows as the model reads them: [CLS] prefix text [SEP], cut. A list of id arrays."""
@@ -126,33 +146,6 @@ def open_sources(folder, tokenizer):
     if not found:
         raise InputError(f"no sources in {folder}: python data/pydocs.py makes those of out/pydocs")
     return [Source(path, tokenizer) for path in found]
-
-
-def write_columns(folder, columns, prefixes, tokenizer, block=10_000):
-    """Writes texts as a source. columns: name -> texts, as many in each; prefixes: name -> text."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 65_536 else np.uint32)
-    tokens = {}
-    for name, texts in columns.items():
-        offsets = [0]
-        with open(folder / f"{name}.tokens.bin", "wb") as file:
-            for start in range(0, len(texts), block):
-                for encoding in tokenizer.encode_batch_fast(texts[start : start + block]):
-                    ids = encoding.ids
-                    file.write(np.array(ids, dtype).tobytes())
-                    offsets.append(offsets[-1] + len(ids))
-        np.array(offsets, np.int64).tofile(folder / f"{name}.offsets.bin")
-        tokens[name] = offsets[-1]
-    meta = {
-        "rows": len(offsets) - 1,
-        "tokens": tokens,
-        "columns": list(columns),
-        "prefixes": prefixes,
-        "dtype": dtype.name,
-        "tokenizer": fingerprint(tokenizer),
-    }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 # ------------------------------------------------------------------------------------------------
