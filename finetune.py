@@ -168,12 +168,12 @@ def main(arguments):
         batch = 0 if config.overfit else step
         source, rows = batches.at(batch)
         rows = rows[rank * share : (rank + 1) * share]
-        documents = [rows]  # the right ones, then the wrong ones
+        texts = source.texts("query", rows, config.query_tokens)
+        texts += source.texts("document", rows, config.document_tokens)
         for row in rows if config.negatives else ():
             rng = np.random.default_rng([config.seed, batch, row])
-            documents.append(choose_negatives(mined[source.name], row, config.negatives, rng))
-        texts = source.texts("query", rows, config.query_tokens)
-        texts += source.texts("document", np.concatenate(documents), config.document_tokens)
+            n, length = config.negatives, config.document_tokens
+            texts += choose_negatives(source, mined, row, n, length, rng)
 
         def loss_of(embeddings):  # (2 * share + share * negatives, E)
             query, document, negative = embeddings.tensor_split([share, 2 * share])

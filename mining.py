@@ -67,9 +67,27 @@ def fill_up(negatives, n, m, answers, rng):
     return left + [-1] * (len(negatives) - len(left))
 
 
-def choose_negatives(mined, row, n, rng):
-    """n of the negatives of a row of mined (rows, k), drawn at random, anew in every epoch."""
-    return rng.choice(mined[row][mined[row] >= 0], n, replace=False)
+def choose_negatives(source, mined, row, n, max_tokens, rng):
+    """n hard negatives of a row, as token ids, drawn at random and anew in every epoch: its own,
+    where the source brings some, else mined ones. A row with fewer own ones gets random documents
+    of other rows besides.
+
+    Raises InputError where all documents of a source without enough are the same."""
+    if source.name in mined:
+        rows = mined[source.name][row]
+        return source.texts("document", rng.choice(rows[rows >= 0], n, replace=False), max_tokens)
+    given = np.array(source.negatives(row), np.int64)
+    texts = source.texts("negative", rng.choice(given, min(n, len(given)), False), max_tokens)
+    (own,) = source.texts("document", [row], max_tokens)
+    for other in rng.integers(len(source), size=100 + n):
+        if len(texts) == n:
+            break
+        (text,) = source.texts("document", [other], max_tokens)
+        texts += [] if np.array_equal(text, own) else [text]
+    if len(texts) < n:
+        raise InputError(f"{source.name}: row {row} has {len(given)} negatives, and its document "
+                         f"is nearly everywhere: lower --negatives={n}")  # fmt: skip
+    return texts
 
 
 class Answers:
@@ -117,12 +135,17 @@ def check_mining(config, sources):
 @torch.no_grad()
 def mine(model, sources, config):
     """Mines each source with the model that the run begins with: name -> numbers of rows, whose
-    documents are the negatives (n, mined), the hardest first; -1 where there are no more.
+    documents are the negatives (n, mined), the hardest first; -1 where there are no more. Sources
+    that bring negatives keep those ("if not already mined", sec. 4.2.4).
 
     They stay in OUT/negatives.npz: a resumed run, whose model has moved on, needs the same ones."""
     path, scratch = Path(config.out, "negatives.npz"), Path(config.out, "mining.tmp")
     if not path.is_file():
-        mined = {source.name: mine_source(model, source, config, scratch) for source in sources}
+        without = [source for source in sources if "negative" not in source.columns]
+        mined = {source.name: mine_source(model, source, config, scratch) for source in without}
+        for source in sources:
+            if source not in without:
+                common.print0(f"{source.name}: has negatives of its own, and is not mined")
         if common.is_first():
             common.replace(path, lambda temporary: np.savez(open(temporary, "wb"), **mined))
             shutil.rmtree(scratch, ignore_errors=True)

@@ -162,6 +162,7 @@ def write_kept(source, path, kept, folder, judgement):
             if stays:
                 file.write(line + "\n")
     meta = source.meta | {"rows": len(rows), "tokens": tokens, "filtered": judgement}
+    meta.pop("inputs", None)  # else the script that made the source would take it for its own
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -235,7 +236,8 @@ def filter_folder(data, out, names, model, tokenizer, options):
     weights = fingerprint(find(options.judge) / "model.safetensors")
     how = {"judge": options.judge, "weights": weights, "top": options.top, "block": options.block}
     meta = json.loads((data / "meta.json").read_text())
-    meta["filtered"] = {**how, "rows": {}}
+    meta["inputs"] = {**meta.get("inputs", {}), "filtered": how}
+    meta["filtered"] = {}
     with whole_or_nothing(out) as folder:
         for path in sorted(path for path in data.rglob("*") if path.is_file()):
             place = path.relative_to(data)
@@ -252,8 +254,9 @@ def filter_folder(data, out, names, model, tokenizer, options):
                 f"{len(kept) / seconds:,.0f} pairs/s"
             )
             show_thrown_away(path, kept, nearest, options.show)
-            meta["filtered"]["rows"][name] = {"before": len(kept), "kept": count}
-            meta.setdefault("rows", {})[name] = count
+            meta["filtered"][name] = {"rows": len(kept), "kept": count}
+            if "rows" in meta:
+                meta["rows"][name] = count
             if count:
                 judgement = {**how, "rows": len(kept)}
                 write_kept(source, path, kept, folder / "stage2" / name, judgement)

@@ -9,6 +9,7 @@ from tiny import tiny_model, unit_rows
 
 from data import filter as filtering
 from data import prepare, store
+from data.write import Tally, tokenizing, write_source
 from options import InputError
 from retrieval import distinct
 
@@ -134,10 +135,32 @@ def test_rows_that_stay_keep_their_tokens_and_all_else_is_linked(folder, judge):
     linked = ["tokenizer.json", "stage1/train/document.tokens.bin", "stage2/other/pairs.jsonl"]
     assert all(os.path.samefile(folder / name, out / name) for name in linked)
     meta = json.loads((out / "meta.json").read_text())
-    assert meta["filtered"]["rows"] == {"mixed": {"before": 140, "kept": len(kept)}}
-    assert meta["filtered"]["judge"] == str(judge) and meta["rows"]["mixed"] == len(kept)
-    assert meta["filtered"]["weights"] == store.fingerprint(judge / "model.safetensors")
-    assert new.meta["filtered"]["rows"] == 140
+    assert meta["filtered"] == {"mixed": {"rows": 140, "kept": len(kept)}}
+    assert meta["rows"]["mixed"] == new.meta["rows"] == len(kept)
+    how = meta["inputs"]["filtered"]
+    assert (how["judge"], how["top"], how["block"]) == (str(judge), 2, 1_000_000)
+    assert how["weights"] == store.fingerprint(judge / "model.safetensors")
+
+
+def test_negatives_stay_with_their_rows(folder, judge):
+    tokenizer, where = store.load_tokenizer(folder), folder / "stage2" / "own"
+    rows = [
+        {"query": w * 2, "document": w, "negatives": WORDS[: i % 3]} for i, w in enumerate(WORDS)
+    ]
+    with tokenizing(tokenizer, processes=1) as tokenize:
+        prefixes = {"query": "a: ", "document": "b: "}
+        write_source(where, rows, prefixes, tokenize, Tally(), inputs=["rows"])
+    kept = np.zeros(len(rows), bool)
+    kept[[1, 4, 5, 6]] = True
+    old = store.Source(where, tokenizer)
+    filtering.write_kept(old, where / "pairs.jsonl", kept, folder / "stage2" / "fewer", {})
+    new = store.Source(folder / "stage2" / "fewer", tokenizer)
+    for i, row in enumerate([1, 4, 5, 6]):
+        expected = old.texts("negative", old.negatives(row), 99)
+        got = new.texts("negative", new.negatives(i), 99)
+        assert len(got) == row % 3
+        assert all(np.array_equal(*pair) for pair in zip(got, expected, strict=True))
+    assert "inputs" not in new.meta, "else data/write.py would take it for the whole source"
 
 
 def test_operations_of_a_pair_are_those_of_its_products():

@@ -9,6 +9,7 @@ from conftest import ROOT
 from tiny import tiny_model, unit_rows
 
 from data import prepare, store
+from data.write import Tally, tokenizing, write_source
 from finetune import Config
 from mining import (
     Answers,
@@ -76,8 +77,45 @@ def test_too_few_mined_negatives_are_filled_up_with_other_documents():
         rng = np.random.default_rng(seed)
         filled = fill_up(np.array([3, -1, -1]), 2, 6, {0, 4}, rng)
         assert filled[0] == 3 and filled[1] in (1, 2, 5) and filled[2] == -1
-        chosen = choose_negatives(np.array([filled]), 0, 2, rng)
-        assert set(chosen) == set(filled[:2])
+
+
+def test_negatives_are_drawn_from_those_that_were_mined(source):
+    mined = {"source": np.array([[3, 5, 7, -1]])}
+    expected = {tuple(text) for text in source.texts("document", [3, 5, 7], 64)}
+    drawn = set()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        chosen = {tuple(text) for text in choose_negatives(source, mined, 0, 2, 64, rng)}
+        assert len(chosen) == 2 and chosen < expected
+        drawn |= chosen
+    assert drawn == expected
+
+
+def test_a_source_keeps_the_negatives_that_it_brings(tokenizer, tmp_path, capsys):
+    """Two each, but row 0, which has none, and gets other rows' documents; never its own, which
+    every second row has."""
+    rows = [
+        {
+            "query": word,
+            "document": word if i % 2 else "the same",
+            "negatives": [word * 2, word * 3],
+        }
+        for i, word in enumerate(WORDS)
+    ]
+    rows[0]["negatives"] = []
+    with tokenizing(tokenizer, processes=1) as tokenize:
+        write_source(tmp_path / "own", rows, dict(query="q: ", document="d: "), tokenize, Tally())
+    source = store.Source(tmp_path / "own", tokenizer)
+    mined = mine(tiny_model(tokenizer), [source], settings(tmp_path / "out"))
+    assert mined == {} and "own: has negatives of its own" in capsys.readouterr().out
+    own = source.texts("document", [0], 64)[0].tolist()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        given = source.texts("negative", source.negatives(5), 64)
+        for text in choose_negatives(source, mined, 5, 2, 64, rng):
+            assert text.tolist() in [ids.tolist() for ids in given]
+        random = choose_negatives(source, mined, 0, 3, 64, rng)
+        assert len(random) == 3 and own not in [ids.tolist() for ids in random]
 
 
 # ------------------------------------------------------------------------------------------------
