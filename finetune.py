@@ -2,7 +2,8 @@
 
 The other documents of a batch are easy to tell from the right one: most are about something else.
 Once a model can do that, what is left to learn are the near misses. So it finds them itself: search
-all documents with each query; what comes near the top and is not the answer is a hard negative.
+all documents with each query; what comes near the top and is not the answer is a hard negative
+(mining.py).
 
 Some near misses are answers that nobody marked. A document that scores as high as the marked one
 probably is one, and training against it would teach a falsehood; so these are dropped.
