@@ -10,6 +10,7 @@ from tiny import tiny_model, unit_rows
 from data import filter as filtering
 from data import prepare, store
 from data.write import Tally, tokenizing, write_source
+from model import NomicBert
 from options import InputError
 from retrieval import distinct
 
@@ -94,14 +95,14 @@ def test_a_document_in_many_rows_does_not_push_itself_out(folder, judge, tokeniz
 
 
 def test_pairs_are_compared_within_blocks_of_equal_size(folder, judge):
-    """140 pairs in blocks of at most 60: three, of 46 or 47. What is judged in one is judged as if
-    the source had no other rows."""
-    model, path = tiny_model_of(judge), folder / "stage2" / "mixed" / "pairs.jsonl"
-    options = filtering.Options(block=60, max_tokens=128)
+    """30 pairs in blocks of at most 12: three of 10. What is judged in one is judged as if the
+    source had no other rows."""
+    model, path = NomicBert.from_pretrained(judge), folder / "stage2" / "other" / "pairs.jsonl"
+    options = filtering.Options(block=12, max_tokens=128)
     prefixes = {"query": "a: ", "document": "b: "}
-    kept, nearest = filtering.judge_source(model, path, 140, prefixes, options)
+    kept, nearest = filtering.judge_source(model, path, 30, prefixes, options)
     pairs = [json.loads(line) for line in lines(path)]
-    for begin, end in ((0, 46), (46, 93), (93, 140)):
+    for begin, end in ((0, 10), (10, 20), (20, 30)):
         query, document = (
             model.encode([prefixes[side] + pair[side] for pair in pairs[begin:end]], 128)
             for side in ("query", "document")
@@ -110,10 +111,6 @@ def test_pairs_are_compared_within_blocks_of_equal_size(folder, judge):
         expected, _ = filtering.is_consistent(query, document[first], right)
         assert np.array_equal(kept[begin:end], expected)
         assert nearest[begin:end].min() >= begin and nearest[begin:end].max() < end
-
-
-def tiny_model_of(judge):
-    return filtering.NomicBert.from_pretrained(judge)
 
 
 # ------------------------------------------------------------------------------------------------
