@@ -10,8 +10,9 @@ accents as it reads them, punctuation and special tokens left out.
     the same    all pieces are equal, and they are at least 3
     nearly      of the shorter text half the runs of 8 pieces stand in the other, and at least 8 do
 
-So a sentence quoted in a long text is no leak, and a held-out paragraph within one is. Text that
-the tokenizer cannot read ([UNK]) is not compared.
+So a sentence quoted in a long text is no leak, and a held-out paragraph within one is. A run that
+stands in more than 16 held-out texts is a phrase of the trade, and does not count. Text that the
+tokenizer cannot read ([UNK]) is not compared.
 
 It is arithmetic on arrays, a small part of what tokenising costs (bench/data.py), and its memory is
 that of the held-out text.
@@ -22,9 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from data.write import EQUAL, NEAR, Encoder, powers, text_hashes
-from retrieval import read_judgements, read_texts
+from retrieval import read_judgements, read_lines, read_texts
 
-RUN, LEAST, SHARE, SHORTEST = 8, 8, 0.5, 3
+RUN, LEAST, SHARE, SHORTEST, COMMON = 8, 8, 0.5, 3, 16
 FILTER = 22  # bits of a table that answers most look-ups with no: 4 MiB
 
 
@@ -53,6 +54,8 @@ class HeldOut:
         self.texts = np.unique(text_hashes(ids, lengths)[long_enough])
         hashes, owner = run_hashes(ids, lengths)
         pairs = np.unique(np.stack([hashes, owner.astype(np.uint64)]), axis=1)
+        _, which, owners = np.unique(pairs[0], return_inverse=True, return_counts=True)
+        pairs = pairs[:, owners[which] <= COMMON]
         self.runs, self.owner = pairs[0], pairs[1].astype(np.int64)
         self.size = np.bincount(self.owner, minlength=len(lengths))  # runs of each held-out text
         self.maybe = np.zeros(1 << FILTER, bool)
@@ -107,6 +110,8 @@ def held_out_texts(folders):
         )
         for path in sorted(Path(folder, "qrels").glob("*.tsv*")):
             plain = path.with_suffix("") if path.suffix == ".gz" else path
+            if sum(1 for _ in read_lines(plain)) < 2:  # a split without queries
+                continue
             for query, right in read_judgements(plain, queries, documents).items():
                 texts += [queries[query], *(documents[name] for name in right)]
     return texts

@@ -23,6 +23,7 @@ from tokenizers import (
     trainers,
 )
 
+from data.store import fingerprint, load_tokenizer
 from data.write import write_columns
 from options import InputError
 
@@ -135,6 +136,32 @@ def whole_or_nothing(folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def data_folder(out):
+    """As whole_or_nothing, in place of an earlier data folder. Raises InputError where OUT holds
+    something else, before anything is written."""
+    out = Path(out)
+    if out.exists() and not (out / "meta.json").is_file() and (out.is_file() or any(out.iterdir())):
+        raise InputError(f"{out} holds something else than data: --out= chooses another folder")
+    with whole_or_nothing(out) as folder:
+        yield folder
+
+
+def read_tokenizer(path, folders=()):
+    """The tokenizer of a file, or else of data folders that have to agree on it; None without.
+
+    Raises InputError where there is none, or two."""
+    if path and not Path(path).is_file():
+        raise InputError(f"--tokenizer={path}: there is no such file; give a tokenizer.json")
+    found = [load_tokenizer(folder) for folder in folders]
+    if path:
+        found.insert(0, load_tokenizer(Path(path)))
+    if len({fingerprint(tokenizer) for tokenizer in found}) > 1:
+        names = ", ".join(str(name) for name in (path, *folders) if name)
+        raise InputError(f"{names} have different tokenizers: their ids do not mix")
+    return found[0] if found else None
+
+
 def write_jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
@@ -155,13 +182,15 @@ def write_pairs(folder, pairs, prefixes, tokenizer, held_out=None):
 
 
 def write_retrieval(folder, corpus, queries, prefixes):
-    """The BEIR layout. corpus: name -> text; queries: split -> (query, name of its document)."""
+    """The BEIR layout. corpus: name -> text; queries: split -> (query, name of its document, or a
+    list of names)."""
     write_jsonl(folder / "corpus.jsonl", ({"_id": n, "text": text} for n, text in corpus.items()))
     asked, judged = [], {split: ["query-id\tcorpus-id\tscore"] for split in queries}
     for split, rows in queries.items():
         for i, (query, name) in enumerate(rows):
             asked.append({"_id": f"{split}-{i}", "text": query})
-            judged[split].append(f"{split}-{i}\t{name}\t1")
+            for right in dict.fromkeys([name] if isinstance(name, str) else name):
+                judged[split].append(f"{split}-{i}\t{right}\t1")
     write_jsonl(folder / "queries.jsonl", asked)
     (folder / "qrels").mkdir()
     for split, lines in judged.items():

@@ -42,8 +42,9 @@ from options import InputError
 
 
 def load_tokenizer(folder):
-    """The tokenizer.json of a data folder or a checkpoint directory; it neither cuts nor pads."""
-    path = Path(folder) / "tokenizer.json"
+    """The tokenizer.json of a data folder or a checkpoint directory, or that file itself. It
+    neither cuts nor pads."""
+    path = Path(folder) / "tokenizer.json" if Path(folder).suffix != ".json" else Path(folder)
     if not path.is_file():
         raise InputError(
             f"{path} is missing: {folder} is no data folder and no checkpoint directory"

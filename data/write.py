@@ -15,16 +15,17 @@ those of a run that was never stopped.
 import itertools
 import json
 import os
+import threading
 import time
 from collections import Counter, deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from data.store import fingerprint
+from data.store import Source, fingerprint
 from options import InputError
 
 BLOCK = 1000  # rows that travel together
@@ -98,7 +99,10 @@ class Encoder:
 
     def encode(self, texts):
         """Texts -> their ids in a row (N,), and the length of each (B,)."""
-        ids = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
+        if all(isinstance(text, str) for text in texts):
+            ids = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
+        else:  # ids from another source, maybe with strings among them
+            ids = [self.tokenizer.encode(t).ids if isinstance(t, str) else t for t in texts]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         flat = np.fromiter(itertools.chain.from_iterable(ids), self.dtype, int(lengths.sum()))
         return flat, lengths
@@ -128,6 +132,8 @@ class Encoder:
 
 
 def json_line(row):
+    if "line" in row:
+        return row["line"]
     kept = {"query": row["query"], "document": row["document"]}
     if row.get("negatives"):
         kept["negatives"] = row["negatives"]
@@ -137,7 +143,14 @@ def json_line(row):
 def start_process(*arguments):
     global encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    encoder = Encoder(*arguments)
+    encoder, parent = Encoder(*arguments), os.getppid()
+
+    def leave_with_parent():  # which, killed, cannot end its children
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def encode_block(rows):
@@ -283,7 +296,7 @@ def append_block(files, block, encoded, tally, recent):
         keep &= np.fromiter(map(recent.add, key.tolist()), bool, len(key)) | ~keep
     for i in np.flatnonzero(~keep):
         reason = (DUPLICATE, NEAR, EQUAL)[leaks[i]]
-        shown = block[i].get("query", block[i]["document"])[:80]
+        shown = str(block[i].get("query", block[i]["document"])[:80])
         where = block[i].get("where", f"row {BLOCK * state['blocks'] + i + 1}")
         tally.add(reason, where, repr(shown), fault=reason == DUPLICATE)
         state["counts"][reason] = state["counts"].get(reason, 0) + 1
@@ -342,6 +355,33 @@ def write_columns(folder, columns, prefixes, tokenizer, held_out=None):
     Returns its meta, and how many rows were left out for a held-out text, by reason."""
     names, tally = list(columns), Tally(shown=0)
     rows = (dict(zip(names, texts, strict=True)) for texts in zip(*columns.values(), strict=True))
+    with tokenizing(tokenizer, held_out, processes=1) as tokenize:
+        meta = write_source(folder, rows, prefixes, tokenize, tally, unique=False)
+    return meta, dict(tally.counts)
+
+
+def stored_rows(source, folder):
+    """The rows of a finished source as write_source takes them, with ids in place of texts."""
+    path = Path(folder, "pairs.jsonl")
+    names = [name for name in ("query", "document") if name in source.columns]
+    with open(path, encoding="utf-8") if path.is_file() else nullcontext() as lines:
+        for i in range(len(source)):
+            row = {name: source.columns[name][i] for name in names}
+            if own := source.negatives(i):
+                row["negatives"] = [source.columns["negative"][n] for n in own]
+            yield {**row, "line": next(lines)} if lines else row
+
+
+def add_stored(folder, others, tokenizer, held_out, texts=()):
+    """Copies sources into one, their held-out text left out, without tokenising them again.
+
+    others: their folders, or data folders, of which stage1/train is meant. texts: documents that
+    come first. Returns as write_columns."""
+    others = [p / "stage1" / "train" if (p / "stage1").is_dir() else p for p in map(Path, others)]
+    sources, tally = [Source(path, tokenizer) for path in others], Tally(shown=0)
+    rows = (stored_rows(source, path) for source, path in zip(sources, others, strict=True))
+    rows = itertools.chain(({"document": text} for text in texts), *rows)
+    prefixes = sources[0].meta["prefixes"] if sources else {}
     with tokenizing(tokenizer, held_out, processes=1) as tokenize:
         meta = write_source(folder, rows, prefixes, tokenize, tally, unique=False)
     return meta, dict(tally.counts)
