@@ -142,13 +142,15 @@ def mine(model, sources, config):
     path, scratch = Path(config.out, "negatives.npz"), Path(config.out, "mining.tmp")
     if not path.is_file():
         without = [source for source in sources if "negative" not in source.columns]
-        mined = {source.name: mine_source(model, source, config, scratch) for source in without}
-        for source in sources:
-            if source not in without:
-                common.print0(f"{source.name}: has negatives of its own, and is not mined")
-        if common.is_first():
-            common.replace(path, lambda temporary: np.savez(open(temporary, "wb"), **mined))
-            shutil.rmtree(scratch, ignore_errors=True)
+        for name in [source.name for source in sources if source not in without]:
+            common.print0(f"{name}: has negatives of its own, and is not mined")
+        try:
+            mined = {source.name: mine_source(model, source, config, scratch) for source in without}
+            if common.is_first():
+                common.replace(path, lambda temporary: np.savez(open(temporary, "wb"), **mined))
+        finally:
+            if common.is_first():
+                shutil.rmtree(scratch, ignore_errors=True)
     common.wait_for_all()
     return dict(np.load(path))
 

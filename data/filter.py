@@ -20,9 +20,9 @@ Equal documents count as one. A text that stands in ten rows would push itself o
 
 The judge reads the text of pairs.jsonl and not our token ids: its tokenizer may be another, and ids
 turned back into text have lost their case and unknown words. The new folder has the same tokens as
-the old one, of the rows that stay; what does not change (tokenizer, other sources, evaluation) is
-hard-linked to it, or copied where the file system has no links. No script writes into a file of a
-finished data folder, so that a link is as safe as a copy.
+the old one, of the rows that stay. Sources that stay whole are hard-linked to it, or copied where
+the file system has no links (no script writes into a finished source, so that a link is as safe);
+tokenizer and evaluation are copied.
 
 In memory at a time are the embeddings of one block: three arrays of a million by C float32, 9 GB at
 C = 768; --block makes it smaller, and the judgement milder. What it computes: `operations`.
@@ -243,7 +243,8 @@ def filter_folder(data, out, names, model, tokenizer, options):
             place = path.relative_to(data)
             if place.parts[:2] not in filtered and place.parts != ("meta.json",):
                 (folder / place).parent.mkdir(parents=True, exist_ok=True)
-                link(path, folder / place)
+                is_source = place.parts[0].startswith("stage")
+                (link if is_source else shutil.copy2)(path, folder / place)
         for name in names:
             source, began = Source(data / "stage2" / name, tokenizer), time.perf_counter()
             path = data / "stage2" / name / "pairs.jsonl"
@@ -255,8 +256,8 @@ def filter_folder(data, out, names, model, tokenizer, options):
             )
             show_thrown_away(path, kept, nearest, options.show)
             meta["filtered"][name] = {"rows": len(kept), "kept": count}
-            if "rows" in meta:
-                meta["rows"][name] = count
+            for key in {name, f"stage2/{name}"}.intersection(meta.get("rows", {})):
+                meta["rows"][key] = count
             if count:
                 judgement = {**how, "rows": len(kept)}
                 write_kept(source, path, kept, folder / "stage2" / name, judgement)

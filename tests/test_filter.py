@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_pairs_are_compared_within_blocks_of_equal_size(folder, judge):
 # The folder
 
 
-def test_rows_that_stay_keep_their_tokens_and_all_else_is_linked(folder, judge):
+def test_rows_that_stay_keep_their_tokens_and_sources_that_stay_whole_are_linked(folder, judge):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     out = run(folder, judge, "--sources=mixed")
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -129,8 +130,10 @@ def test_rows_that_stay_keep_their_tokens_and_all_else_is_linked(folder, judge):
     for side, column in new.columns.items():
         assert all(np.array_equal(column[i], old.columns[side][row]) for i, row in enumerate(kept))
         assert new.meta["tokens"][side] == len(column.tokens)
-    linked = ["tokenizer.json", "stage1/train/document.tokens.bin", "stage2/other/pairs.jsonl"]
+    linked = ["stage1/train/document.tokens.bin", "stage2/other/pairs.jsonl"]
     assert all(os.path.samefile(folder / name, out / name) for name in linked)
+    same = (folder / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
+    assert same and not os.path.samefile(folder / "tokenizer.json", out / "tokenizer.json")
     meta = json.loads((out / "meta.json").read_text())
     assert meta["filtered"] == {"mixed": {"rows": 140, "kept": len(kept)}}
     assert meta["rows"]["mixed"] == new.meta["rows"] == len(kept)
@@ -223,3 +226,15 @@ def test_a_folder_that_cannot_be_written_is_named(folder, judge, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(InputError, match="cannot write"):
         run(folder, judge, f"--out={tmp_path / 'locked' / 'out'}")
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(folder, judge):
+    """No file may grow beyond 1,000 bytes, which the filtered tokens do."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="cannot write .*: File too large; nothing was left"):
+            run(folder, judge)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in folder.parent.iterdir()] == ["data"]

@@ -1,5 +1,6 @@
 """Hard negatives: hard, negative, whatever the size and the number of processes."""
 
+import resource
 import subprocess
 import sys
 
@@ -253,3 +254,15 @@ def test_an_answer_is_known_by_every_query_of_its_words(source):
         [True, True],
         [False, False],
     ]
+
+
+def test_a_full_disk_is_named_and_leaves_no_scratch(source, tokenizer, tmp_path):
+    """No file may grow beyond 1,000 bytes, which the embeddings do."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="cannot write .*source.documents: File too large"):
+            mine(tiny_model(tokenizer), [source], settings(tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "out").iterdir())
