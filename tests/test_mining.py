@@ -243,7 +243,7 @@ def test_a_query_with_too_few_wrong_documents_is_named(tokenizer, tmp_path):
     pairs = [("the same query", f"text {word}") for word in WORDS[:5]]
     prepare.write_pairs(tmp_path / "source", pairs, ("q: ", "d: "), tokenizer)
     source = store.Source(tmp_path / "source", tokenizer)
-    with pytest.raises(InputError, match="5 of them are answers to the query of row 0"):
+    with pytest.raises(InputError, match="of 5 different documents, 5 answer the same query"):
         mine(tiny_model(tokenizer), [source], settings(tmp_path / "out"))
 
 
