@@ -17,7 +17,7 @@ SMALL = {
     "bench/parity.py": "--layers=1 --hidden-size=64 --longest=512",
     "bench/encode.py": "--layers=1 --hidden-size=64 --texts=8 --rounds=1",
     "bench/faults.py": "--kills=1 --steps=2 --stages=mlm",
-    "bench/filtering.py": "--scale=0.01 --rows='filtered by the model of the clean,planted: no'",
+    "bench/filtering.py": "--scale=0.01 --rows='with 30,planted: no'",
     "bench/memory.py": "--batches=64 --source=name-code",
     "bench/ablations.py": "--seeds=1 --scale=0.001 --rows='without stage 3'",
 }
