@@ -1,7 +1,7 @@
 """Do filtering and the rule for false negatives help? Both are tried on data with planted faults.
 
-    python bench/filtering.py                # one seed; about 40 minutes on two cores
-    python bench/filtering.py --scale=0.5    # half the steps of both stages
+    python bench/filtering.py                # one seed; 50 minutes on two cores, as short runs say
+    python bench/filtering.py --scale=0.25   # a quarter of the steps of both stages: 25 minutes
 
 Filtering: 30% more pairs are added to two sources of stage 2, each a query with the document of
 another. Who finds them again? Two judges: the model of stage 2 that was trained on the clean data
