@@ -1,10 +1,11 @@
 # Everything from a fresh clone: `make demo` trains a model and searches with it, `make test` runs the tests.
-# The README has the same steps as plain commands.
+# `make own TEXT=folder` does the same with a folder of Markdown, reStructuredText or plain text added to the embedded
+# corpus. The README has the same steps as plain commands.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo own test clean
 
 demo: .venv/installed
 	$(BIN)/python data/pydocs.py
@@ -14,6 +15,16 @@ demo: .venv/installed
 	$(BIN)/python evaluate.py
 	$(BIN)/python evaluate.py plot
 	$(BIN)/python evaluate.py search "how do I read a csv file"
+
+own: .venv/installed
+	@test -d "$(TEXT)" || { echo "make own: name a folder of text, make own TEXT=notes"; exit 2; }
+	$(BIN)/python data/pydocs.py
+	$(BIN)/python data/folder.py "$(TEXT)" --add=out/pydocs --out=out/own/data --show=5
+	$(BIN)/python mlm.py --data=out/own/data --out=out/own/mlm
+	$(BIN)/python contrastive.py --data=out/own/data --init=out/own/mlm --out=out/own/contrastive
+	$(BIN)/python finetune.py --data=out/own/data --init=out/own/contrastive --out=out/own/finetune
+	$(BIN)/python evaluate.py --data=out/own/data --out=out/own
+	@echo 'now: $(BIN)/python evaluate.py search "your question" --data=out/own/data --out=out/own'
 
 test: .venv/installed .venv/installed-for-tests
 	$(BIN)/ruff check .

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.write import EQUAL, NEAR, Encoder, powers, text_hashes
+from data.parallel import Encoder, powers, text_hashes
+from data.write import EQUAL, NEAR
 from retrieval import read_judgements, read_lines, read_texts
 
 RUN, LEAST, SHARE, SHORTEST, COMMON = 8, 8, 0.5, 3, 16
@@ -86,6 +87,15 @@ class HeldOut:
         found[self.near(hashes[likely], text[likely], np.bincount(text, minlength=len(found)))] = 1
         found[(lengths >= SHORTEST) & np.isin(text_hashes(ids, lengths), self.texts)] = 2
         return found
+
+    def leaks_of(self, source, rows=10_000):
+        """How many texts of a finished source leak, in all of its columns."""
+        count = 0
+        for column in source.columns.values():
+            for i in range(0, len(column), rows):
+                ends = np.asarray(column.offsets[i : i + rows + 1])
+                count += (self.leaks(column.tokens[ends[0] : ends[-1]], np.diff(ends)) > 0).sum()
+        return int(count)
 
     def near(self, hashes, text, size):
         """Which texts share enough runs with one held-out text. hashes, text: of runs that may be

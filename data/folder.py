@@ -243,30 +243,7 @@ def prepare(folder, options):
         write_retrieval(new / "retrieval" / TASK, corpus, queries, PREFIXES[TASK])
         tasks = [new / "retrieval" / TASK, *(name for name in options.held_out.split(",") if name)]
         held_out = HeldOut.of_tasks(tasks, tokenizer)
-        written, removed = {}, {}
-
-        def note(name, meta, counts):
-            written[name], removed[name] = meta["rows"], counts
-
-        for split in ("dev", "test"):
-            write_documents(new / "stage1" / split, [text for _, text in texts[split]], tokenizer)
-        write_documents(new / "stage1" / "long", pages, tokenizer)
-        train = new / "stage1" / "train"
-        note("stage1/train", *add_stored(train, added, tokenizer, held_out, training_text))
-        for source, rows in pairs.items():
-            for stage in ("stage2", "stage3") if source == TASK else ("stage2",):
-                name = f"{stage}/{source}"
-                if rows:
-                    note(
-                        name, *write_pairs(new / name, rows, PREFIXES[source], tokenizer, held_out)
-                    )
-        for path in (
-            path.parent for a in added for path in sorted(a.glob("stage[23]/*/meta.json"))
-        ):
-            name = f"{path.parent.name}/{path.name}"
-            if name in written:
-                name += f"-{path.parents[1].name}"  # a source of that name is here
-            note(name, *add_stored(new / name, [path], tokenizer, held_out))
+        written, removed = write_all(new, texts, pages, pairs, added, tokenizer, held_out)
         if questions:
             write_retrieval(new / "long" / "pages", pool, {"test": questions}, SEARCH)
         rows = [{"_id": n, "text": text} for rows in texts.values() for n, text in rows]
@@ -282,6 +259,31 @@ def prepare(folder, options):
     describe(meta, texts, corpus, queries)
     print(f"wrote {out} in {time.time() - began:.0f} s")
     return out
+
+
+def write_all(new, texts, pages, pairs, added, tokenizer, held_out):
+    """All columns of tokens. -> source -> rows; source -> rows of training text that were left out
+    for a reason."""
+    written, removed = {}, {}
+
+    def note(name, result):
+        written[name], removed[name] = result[0]["rows"], result[1]
+
+    for split in ("dev", "test"):
+        write_documents(new / "stage1" / split, [text for _, text in texts[split]], tokenizer)
+    write_documents(new / "stage1" / "long", pages, tokenizer)
+    own = [text for _, text in texts["train"]]
+    note("stage1/train", add_stored(new / "stage1/train", added, tokenizer, held_out, own))
+    for source, rows in ((source, rows) for source, rows in pairs.items() if rows):
+        for stage in ("stage2", "stage3") if source == TASK else ("stage2",):
+            name = f"{stage}/{source}"
+            note(name, write_pairs(new / name, rows, PREFIXES[source], tokenizer, held_out))
+    for path in (meta.parent for a in added for meta in sorted(a.glob("stage[23]/*/meta.json"))):
+        name = f"{path.parent.name}/{path.name}"
+        if name in written:
+            name += f"-{path.parents[1].name}"  # a source of that name is here
+        note(name, add_stored(new / name, [path], tokenizer, held_out))
+    return written, removed
 
 
 def describe(meta, texts, corpus, queries):

@@ -25,8 +25,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.jsonl import UNIMPORTANT, json_rows
-from data.pairs import Pairs, prepare
+from data.pairs import prepare
 from data.prepare import show_pairs
+from data.rows import Pairs
 from options import InputError, read_options, run
 
 ST = "sentence-transformers/embedding-training-data"
@@ -120,7 +121,7 @@ class Options:
     queries: int = 1000  # held-out queries of each source, at most
     pool: int = 10_000  # documents that a retrieval task searches, at most
     held_out: str = ""  # tasks in the BEIR layout that must not be trained on, with commas
-    longest: int = 20_000  # characters of a text; the rest is cut off and counted
+    longest: int = 20_000  # characters of a pair's texts; the rest is cut off and counted
     strict: bool = False  # a row that is faulty, a copy or too long is an error
     processes: int = 0  # that tokenise; 0: as many as cores
     list: bool = False  # prints the tables and prepares nothing
@@ -218,7 +219,8 @@ def source_of(stage, row, options):
     """A row of the tables as a source; None where there is nothing to read it from."""
     name, task, _, columns, bucket, public = row
     files = local_files(options.local, name, bucket) if options.local else []
-    columns = tuple(columns.split(",")) if "," in columns or stage == 1 else PUBLISHED
+    named = columns not in ("", "set", "0,1", "0,1,2")  # else rows are lists, or as published
+    columns = tuple(columns.split(",")) if named else PUBLISHED
     if files:
         columns = columns_of(files, columns) if stage > 1 else columns
         return Pairs(name, stage, prefixes_of(task), lambda: rows_of_files(files), columns, files)

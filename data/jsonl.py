@@ -14,8 +14,8 @@ hundred thousand, up to 1,000 held-out queries: a retrieval task of its name. Th
 stage 1's text, unless --text names files. Rows that are faulty are counted by reason, the first of
 each shown, and left out; with --strict they are errors.
 
-The first call decides the tokenizer, and what stage 1 reads; later ones add sources. A query that a
-later source holds out may stand in an earlier one: prepare those that overlap in one call.
+The first call decides the tokenizer, and what stage 1 reads; later ones add sources. What a later
+source holds out is taken from the earlier ones.
 """
 
 import json
@@ -25,8 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.pairs import Pairs, prepare
+from data.pairs import prepare
 from data.prepare import show_pairs
+from data.rows import Pairs
 from options import InputError, read_options, run
 from retrieval import read_lines
 
@@ -46,7 +47,7 @@ class Options:
     pool: int = 10_000  # documents that a retrieval task searches, at most
     held_out: str = ""  # further tasks in the BEIR layout that must not be trained on, with commas
     limit: int = 0  # rows of each source; 0: all
-    longest: int = 20_000  # characters of a text; the rest is cut off and counted
+    longest: int = 20_000  # characters of a pair's texts; the rest is cut off and counted
     strict: bool = False  # a row that is faulty, a copy or too long is an error
     processes: int = 0  # that tokenise; 0: as many as cores
     show: int = 0  # prints so many pairs, drawn at random from all sources

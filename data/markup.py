@@ -174,6 +174,10 @@ RULE = re.compile(r"([!-/:-@\[-`{-~])\1{2,}\s*")
 
 def restructured(text):
     """As `markdown`: the title of a header of fields such as a PEP's, and the sections."""
+    text = re.sub(
+        r"\A(\s*:[\w -]+:.*\n)+", "", text
+    )  # fields of the page, above or below its title
+    text = re.sub(r"(\A\s*(?:.*\n){1,2}([=*#~^-])\2{2,}\n\s*)(:[\w -]+:.*\n)+", r"\1", text)
     title, lines = "", text.split("\n")
     if re.match(r"[A-Z][\w-]*: ", text.lstrip()):
         header, _, rest = text.lstrip().partition("\n\n")

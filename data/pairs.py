@@ -13,11 +13,10 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.contamination import HeldOut, contamination
+from data.parallel import tokenizing
 from data.prepare import (
     read_tokenizer,
     split_of,
@@ -26,80 +25,12 @@ from data.prepare import (
     write_jsonl,
     write_retrieval,
 )
+from data.rows import checked_rows
 from data.store import Source, load_tokenizer
-from data.write import Tally, stored_rows, tokenizing, write_source
+from data.write import Tally, add_stored, stored_rows, write_json, write_source
 from options import InputError
 
 SAMPLE_ROWS, SAMPLE_CHARACTERS = 100_000, 50_000_000  # of a source: what the first pass looks at
-
-
-@dataclass
-class Pairs:
-    """One source, before it is read."""
-
-    name: str
-    stage: int  # 2 or 3; 1: documents alone
-    prefixes: tuple  # of queries and documents
-    read: Callable  # () -> iterator of (where, value): the parsed JSON of a row, None if it is none
-    columns: tuple = ("query", "document", "negatives")  # their names in the rows
-    files: list = field(default_factory=list)  # what it is read from, if that is files
-
-    def identity(self, options):
-        """What decides the rows: an interrupted run is continued only where it is the same."""
-        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files]
-        return [self.name, self.prefixes, self.columns, options.limit, options.longest, stats]
-
-
-# ------------------------------------------------------------------------------------------------
-# Rows
-
-
-def checked_rows(source, options, tally):
-    """The rows of a source as data/write.py takes them; the tally has what was wrong with others.
-
-    Raises InputError at the end if not one row was usable."""
-    usable, keys = 0, None
-    for where, value in itertools.islice(source.read(), options.limit or None):
-        if keys is None and isinstance(value, dict):
-            keys = list(value)
-        row = checked(value, source, options, where, tally)
-        if row is not None:
-            usable += 1
-            yield row
-    if usable == 0:
-        wanted = ", ".join(source.columns[: 2 if source.stage > 1 else 1])
-        found = f"its rows have {', '.join(map(str, keys))}" if keys else "no row is a JSON object"
-        raise InputError(f"{source.name}: no row has {wanted}: {found}; --columns= names them")
-
-
-def checked(value, source, options, where, tally):
-    """One row, or None. Forms, beside an object of the named columns: [query, document, negative
-    ...], and {"set": [...]} of texts that say the same, as public collections have them."""
-    if isinstance(value, dict) and isinstance(value.get("set"), list):
-        value = value["set"][:2]
-    names = ("query", "document") if source.stage > 1 else ("document",)
-    if isinstance(value, list):
-        texts, negatives = value[: len(names)], value[len(names) :]
-    elif isinstance(value, dict):
-        texts = [value.get(column) for column in source.columns[: len(names)]]
-        texts = [text[0] if isinstance(text, list) and text else text for text in texts]
-        given = value.get(source.columns[2]) if len(source.columns) > 2 else None
-        negatives = [given] if isinstance(given, str) else given or []
-    else:
-        return tally.add("not a JSON object", where)
-    if len(texts) < len(names) or None in texts:
-        missing = source.columns[texts.index(None)] if None in texts else "second text"
-        return tally.add("column missing", where, missing)
-    if not isinstance(negatives, list) or not all(isinstance(t, str) for t in [*texts, *negatives]):
-        return tally.add("not text", where)
-    texts, negatives = [t.strip() for t in texts], [t.strip() for t in negatives if t.strip()]
-    if "" in texts:
-        return tally.add("empty", where, names[texts.index("")])
-    if max(map(len, [*texts, *negatives])) > options.longest:
-        tally.add("over length, cut", where, f"more than {options.longest:,} characters")
-        texts, negatives = ([t[: options.longest] for t in part] for part in (texts, negatives))
-    return {**dict(zip(names, texts, strict=True)), "negatives": negatives, "where": where}
-
 
 # ------------------------------------------------------------------------------------------------
 # The first pass
@@ -256,7 +187,7 @@ def prepare(sources, options, command):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             hold_out(sources, options, partial, given)
-            begun.write_text(json.dumps(command))
+            write_json(begun, command)
         tokenizer = load_tokenizer(partial)
         tasks = [*(partial / "retrieval").glob("*"), *(out / "retrieval").glob("*")]
         tasks += [Path(name) for name in options.held_out.split(",") if name]
@@ -269,10 +200,12 @@ def prepare(sources, options, command):
         if not list(partial.glob("stage*/*/meta.json")):
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    except OSError as error:
-        raise InputError(
-            f"{error.strerror or error} while writing {partial}; the same command goes on there"
-        ) from None
+    except OSError as error:  # a full disk, a network that went away
+        kept = f"{partial} keeps what is done, and the same command goes on"
+        if not begun.is_file():
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = "nothing was left behind"
+        raise InputError(f"{error.strerror or error}; {kept}") from None
     print(f"wrote {out} in {time.time() - began:.0f} s")
     return out
 
@@ -303,12 +236,29 @@ def check_names(sources, out, command):
     return meta
 
 
+def clean_earlier(out, partial, tokenizer):
+    """Takes what new tasks hold out from earlier sources. -> name -> reason -> rows."""
+    held_out, removed = HeldOut.of_tasks((partial / "retrieval").glob("*"), tokenizer), {}
+    for folder in [out / "stage1" / "train", *out.glob("stage[23]/*")]:
+        if held_out.leaks_of(Source(folder, tokenizer)) == 0:
+            continue
+        name, clean = folder.relative_to(out).as_posix(), partial / "clean"
+        _, removed[name] = add_stored(clean, [folder], tokenizer, held_out)
+        shutil.rmtree(folder)
+        clean.rename(folder)
+        print(f"  {name}: {sum(removed[name].values()):,} rows repeat text that is held out now")
+    return removed
+
+
 def publish(partial, out, before, metas, held_out, command):
     """Gives OUT what is new, its meta.json last."""
     removed = {name: meta.get("counts", {}) for name, meta in metas.items()}
+    tokenizer = load_tokenizer(partial)
+    removed |= clean_earlier(out, partial, tokenizer) if before else {}
     found = contamination(held_out, removed)
     meta = {**before, "commands": [*before.get("commands", []), command]}
     meta["rows"] = before.get("rows", {}) | {name: m["rows"] for name, m in metas.items()}
+    meta["rows"] |= {n: len(Source(out / n, tokenizer)) for n in removed if n not in metas}
     meta["left out"] = before.get("left out", {}) | removed
     earlier = before.get("contamination", {"removed": 0, "sources": {}})
     meta["contamination"] = {
@@ -332,7 +282,7 @@ def publish(partial, out, before, metas, held_out, command):
     for i, row in enumerate(rows):
         row["_id"] = f"{i}"
     write_jsonl(partial / "search" / "corpus.jsonl", rows)
-    (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+    write_json(partial / "meta.json", meta)
     if not before:
         if out.is_dir():
             out.rmdir()  # empty

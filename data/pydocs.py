@@ -254,29 +254,14 @@ def prepare(options):
                 where = folder / "retrieval" / task
                 write_retrieval(where, corpus[task], queries[task], PREFIXES[task])
             held_out = HeldOut.of_tasks((folder / "retrieval").iterdir(), tokenizer)
-            written, removed = {}, {}
-            for split, rows in documents.items():
-                texts, checked = [text for _, text in rows], held_out if split == "train" else None
-                where = folder / "stage1" / split
-                _, counts = write_documents(where, texts, tokenizer, checked)
-                removed |= {f"stage1/{split}": counts} if counts else {}
-            write_documents(folder / "stage1" / "long", held_out_pages, tokenizer)
-            for source, rows in ((source, rows) for source, rows in pairs.items() if rows):
-                name = f"{'stage3' if source == SUPERVISED else 'stage2'}/{source}"
-                meta, counts = write_pairs(
-                    folder / name, rows, PREFIXES[source], tokenizer, held_out
-                )
-                written[source], removed = (
-                    meta["rows"],
-                    removed | ({name: counts} if counts else {}),
-                )
+            rows, removed = write_all(folder, documents, held_out_pages, pairs, tokenizer, held_out)
             write_retrieval(folder / "long" / "pages", pool, {"test": questions}, SEARCH)
             everything = [
                 {"_id": name, "text": text} for rows in documents.values() for name, text in rows
             ]
             write_jsonl(folder / "search" / "corpus.jsonl", everything)
             leaks = contamination(held_out, removed)
-            meta = {"inputs": inputs, "rows": written, "contamination": leaks}
+            meta = {"inputs": inputs, "rows": rows, "contamination": leaks}
             (folder / "meta.json").write_text(json.dumps(meta, indent=1))
         describe(documents, pairs, corpus, queries)
         print(f"  {leaks['removed']:,} training rows that repeat held-out text were left out")
@@ -284,6 +269,21 @@ def prepare(options):
     if options.show:
         show_pairs(out, options.show)
     return out
+
+
+def write_all(folder, documents, pages, pairs, tokenizer, held_out):
+    """All columns of tokens. -> source -> rows; and of training text, what was left out and why."""
+    written, removed = {}, {}
+    for split, rows in [*documents.items(), ("long", [(None, page) for page in pages])]:
+        name, texts = f"stage1/{split}", [text for _, text in rows]
+        checked = held_out if split == "train" else None
+        _, removed[name] = write_documents(folder / name, texts, tokenizer, checked)
+    for source, rows in ((source, rows) for source, rows in pairs.items() if rows):
+        name = f"{'stage3' if source == SUPERVISED else 'stage2'}/{source}"
+        prefixes = PREFIXES[source]
+        meta, removed[name] = write_pairs(folder / name, rows, prefixes, tokenizer, held_out)
+        written[source] = meta["rows"]
+    return written, removed
 
 
 def version_of(package):

@@ -1,11 +1,14 @@
 """The README's commands run."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 
 from conftest import ROOT
+from test_folder import write_notes
+from test_jsonl import pairs
 
 # what makes a command of the README small: a handful of steps, little data
 SMALL = {
@@ -18,6 +21,9 @@ SMALL = {
     "bench/encode.py": "--layers=1 --hidden-size=64 --texts=8 --rounds=1",
     "bench/faults.py": "--kills=1 --steps=2 --stages=mlm",
     "bench/filtering.py": "--scale=0.01 --rows='with 30,planted: no'",
+    "data/folder.py": "--vocab-size=2048",
+    "data/jsonl.py": "--vocab-size=500",
+    "bench/data.py": "--rows=500 --large=1000 --rounds=1",
     "bench/memory.py": "--batches=64 --source=name-code",
     "bench/ablations.py": "--seeds=1 --scale=0.001 --rows='without stage 3'",
 }
@@ -36,6 +42,10 @@ def test_every_command_of_the_readme_runs(tmp_path):
         shutil.copy(path, tmp_path)
     for folder in ("data", "bench"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
+    write_notes(tmp_path / "notes")
+    for name in ("faq", "labelled"):
+        lines = (json.dumps(row) + "\n" for row in pairs(100))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     commands = readme_commands()
     assert len(commands) >= 8
     for command in commands:

@@ -1,0 +1,1 @@
+"""Text becomes a data folder (the scripts here), and batches (store.py)."""
