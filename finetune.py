@@ -2,7 +2,8 @@
 
 The other documents of a batch are easy to tell from the right one: most are about something else.
 Once a model can do that, what is left to learn are the near misses. So it finds them itself: search
-all documents with each query; what comes near the top and is not the answer is a hard negative.
+all documents with each query; what comes near the top and is not the answer is a hard negative
+(mining.py).
 
 Some near misses are answers that nobody marked. A document that scores as high as the marked one
 probably is one, and training against it would teach a falsehood; so these are dropped.
@@ -18,7 +19,6 @@ negatives of the whole batch: so the released code; the paper's eq. 2 shows a qu
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,11 +27,12 @@ import torch.nn.functional as F
 import common
 import processes
 from check import check_stage
-from contrastive import backpropagate, embed, gather, info_nce
+from contrastive import backpropagate, gather, info_nce
 from data import store
 from estimate import dry_run, speed
-from options import InputError, read_options, run
-from retrieval import Retrieval, dev_scores, top_k
+from mining import check_mining, choose_negatives, mine
+from options import read_options, run
+from retrieval import Retrieval, dev_scores
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Config:
 
     negatives: int = 1  # hard negatives of a query in a step, drawn from those mined; 0: none
     mined: int = 20  # documents nearest to a query, among which its negatives are sought
+    miner: str = "model"  # what finds them: the model that the run begins with, or bm25
     margin: float = 1.0  # at this share of the right document's score, a near miss is an answer
     batch_size: int = 512  # pairs in a step, over all processes
     query_tokens: int = 48  # queries are cut to this length
@@ -133,64 +135,6 @@ def learning_rate(step, config):
 
 
 # ------------------------------------------------------------------------------------------------
-# The lesson: hard negatives
-
-
-def mine_hard_negatives(query, document, nearest, margin=1.0):
-    """The documents nearest to each query that are wrong, and not likely to be right.
-
-    query, document: (n, E) at unit length; document i is the right one for query i. -> numbers of
-    documents (n, nearest), the hardest first, -1 where one was dropped; and how many were dropped
-    as likely answers: those that score `margin` times the right document's score or more. Copies of
-    the right document are among them."""
-    right = (query * document).sum(1, keepdims=True)  # (n, 1)
-    scores, found = top_k(query, document, nearest + 1)  # one more, as the right one may be there
-    is_right = found == np.arange(len(query))[:, None]
-    likely = ~is_right & (scores >= margin * right)
-    negatives = np.where(is_right | likely, -1, found)
-    kept_first = np.argsort(negatives < 0, axis=1, kind="stable")
-    return np.take_along_axis(negatives, kept_first, axis=1)[:, :nearest], int(likely.sum())
-
-
-def choose_negatives(mined, row, n, rng):
-    """n of a query's mined negatives, drawn at random; random documents where too few are left, as
-    in the released code."""
-    left = mined[row][mined[row] >= 0].tolist()
-    while len(left) < n:
-        other = int(rng.integers(len(mined)))
-        left += [other] if other not in (row, *left) else []
-    return rng.choice(left, n, replace=False)
-
-
-@torch.no_grad()
-def mine(model, sources, config):
-    """Mines each source with the model that the run begins with: name -> negatives (n, mined).
-
-    They stay in OUT/negatives.npz: a resumed run, whose model has moved on, needs the same ones."""
-    path = Path(config.out, "negatives.npz")
-    if common.is_first() and not path.is_file():
-        mined = {}
-        for source in sources:
-            lengths = {"query": config.query_tokens, "document": config.document_tokens}
-            query, document = (
-                embed(model, source.texts(side, range(len(source)), n), config.micro_batch_tokens)
-                for side, n in lengths.items()
-            )
-            found = mine_hard_negatives(
-                query.cpu().numpy(), document.cpu().numpy(), config.mined, config.margin
-            )
-            mined[source.name], dropped = found
-            kept = (mined[source.name] >= 0).sum() / len(source)
-            print(
-                f"{source.name}: {kept:.1f} negatives mined for each query; {dropped:,} near misses"
-            )
-            print("  scored as high as the right document and were dropped as likely answers")
-        common.replace(path, lambda temporary: np.savez(open(temporary, "wb"), **mined))
-    common.wait_for_all()
-    return dict(np.load(path))
-
-
-# ------------------------------------------------------------------------------------------------
 # The lesson: Matryoshka embeddings (Kusupati et al., arXiv 2205.13147)
 
 
@@ -223,9 +167,7 @@ def main(arguments):
     model = common.open_encoder(config, origin)
     sources = store.open_sources(f"{config.data}/stage3", model.tokenizer)
     pairs = store.PairBatches(sources, config.batch_size, config.seed)
-    if config.negatives >= min(map(len, sources)):
-        fewest = min(map(len, sources))
-        raise InputError(f"--negatives={config.negatives}: the smallest source has {fewest} rows")
+    check_mining(config, sources)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
     common.place(model, model, config, device)
     optimizer = common.adamw(model, config, betas=(0.9, 0.999), eps=1e-8)
@@ -239,13 +181,13 @@ def main(arguments):
         batch = 0 if config.overfit else step
         source, rows = pairs.at(batch)
         rows = rows[rank * share : (rank + 1) * share]
-        documents = [rows]  # the right ones, then the wrong ones
+        texts = source.texts("query", rows, config.query_tokens)
+        texts += source.texts("document", rows, config.document_tokens)
         for row in rows if config.negatives else ():
             rng = np.random.default_rng([config.seed, batch, row])
-            documents.append(choose_negatives(mined[source.name], row, config.negatives, rng))
-        queries = source.texts("query", rows, config.query_tokens)
-        documents = source.texts("document", np.concatenate(documents), config.document_tokens)
-        return source.name, queries + documents
+            n, length = config.negatives, config.document_tokens
+            texts += choose_negatives(source, mined, row, n, length, rng)
+        return source.name, texts
 
     def loss_of(embeddings):  # (2 * share + share * negatives, E)
         query, document, negative = embeddings.tensor_split([share, 2 * share])

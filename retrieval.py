@@ -20,6 +20,7 @@ Lexical search (BM25) needs no training and is hard to beat, so no table goes wi
 
 import functools
 import gzip
+import hashlib
 import json
 import math
 import zlib
@@ -187,18 +188,63 @@ class Retrieval:
         return {name: [metric(*pair) for pair in judged] for name, metric in METRICS.items()}
 
 
-def top_k(query, document, k, block=1024):
-    """The k largest inner products of each query, exactly, in blocks of queries.
+def top_k(query, document, k, block=(4096, 8192), device="cpu"):
+    """The k largest inner products of each query, exactly. Of equal ones, the document of the lower
+    number comes first.
 
-    query (n, E), document (m, E) -> scores (n, k) and numbers of documents (n, k), best first."""
-    document = torch.from_numpy(document)
-    found = [
-        torch.topk(torch.from_numpy(query[i : i + block]) @ document.T, min(k, len(document)))
-        for i in range(0, len(query), block)
-    ]
-    return torch.cat([f.values for f in found]).numpy(), torch.cat(
-        [f.indices for f in found]
-    ).numpy()
+    query (n, E), document (m, E) -> scores (n, k) and numbers of documents (n, k), best first; of m
+    documents, if m < k. Only `block` queries times documents are compared at a time, on `device`,
+    and the best so far are kept: the memory for scores is the same for a thousand documents and for
+    a billion, and the embeddings may be files (np.memmap)."""
+    k, found = min(k, len(document)), []
+    for i in range(0, len(query), block[0]):
+        q = torch.from_numpy(np.array(query[i : i + block[0]])).to(device)  # (b, E)
+        best = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=device)
+        for j in range(0, len(document), block[1]):
+            d = torch.from_numpy(np.array(document[j : j + block[1]])).to(device)
+            scores = q @ d.T
+            places = first_k(scores, k)
+            # the earlier documents stand first in the merge, so that ties go to lower numbers
+            merged = [
+                torch.cat(pair, 1)
+                for pair in zip(best, (scores.gather(1, places), places + j), strict=True)
+            ]
+            places = first_k(merged[0], k)
+            best = [part.gather(1, places) for part in merged]
+        found.append([part.cpu() for part in best])
+    return tuple(torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+
+
+def first_k(scores, k):
+    """Places of the k largest scores of each row (b, k), best first, ties by place: what a stable
+    sort gives, at the price of torch.topk, which breaks ties as it likes."""
+    k = min(k, scores.shape[1])
+    values, places = scores.topk(min(k + 1, scores.shape[1]))
+    if values.shape[1] > k:  # is the last one in equal to the first one out?
+        tied = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]
+        places = places[:, :k]
+        if len(tied):
+            places[tied] = scores[tied].sort(descending=True, stable=True).indices[:, :k]
+    places = places.sort(1).values
+    order = scores.gather(1, places).sort(descending=True, stable=True).indices
+    return places.gather(1, order)
+
+
+def distinct(keys):
+    """Numbers for things that repeat, such as documents that several queries share.
+
+    keys: bytes of each of n things -> first (m,), where each different one stands for the first
+    time, in order; number (n,), which of these m each thing is. Kept are 8 bytes of a hash of each:
+    of a million different things, two share theirs once in 37 million times."""
+    hashes = np.array(
+        [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") for key in keys],
+        np.uint64,
+    )
+    _, first, number = np.unique(hashes, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return first[order], rank[number]
 
 
 def dev_scores(model, tasks, max_tokens):
@@ -215,16 +261,25 @@ def dev_scores(model, tasks, max_tokens):
     return {"dev_ndcg": float(np.mean(list(scores.values()))), **scores}, sample
 
 
-def bm25_rank(task, split_identifiers=False, k=100):
-    """BM25 by the bm25s library, with its defaults. split_identifiers: read_csv is read and csv,
-    as our tokenizer sees it; the stronger baseline on code."""
+def bm25_index(documents):
+    """BM25 by the bm25s library, with its defaults: (queries, k) -> numbers of documents (n, k)."""
     import bm25s
 
-    def tokenize(texts):
-        texts = [text.replace("_", " ") if split_identifiers else text for text in texts]
-        return bm25s.tokenize(texts, show_progress=False)
-
     index = bm25s.BM25()
-    index.index(tokenize(task.documents), show_progress=False)
-    k = min(k, len(task.documents))
-    return index.retrieve(tokenize(task.queries), k=k, show_progress=False)[0]
+    index.index(bm25s.tokenize(documents, show_progress=False), show_progress=False)
+
+    def search(queries, k):
+        words = bm25s.tokenize(queries, show_progress=False)
+        return index.retrieve(words, k=min(k, len(documents)), show_progress=False)[0]
+
+    return search
+
+
+def bm25_rank(task, split_identifiers=False, k=100):
+    """BM25's ranking of a task (n, k). split_identifiers: read_csv is read and csv, as our
+    tokenizer sees it; the stronger baseline on code."""
+
+    def split(texts):
+        return [text.replace("_", " ") if split_identifiers else text for text in texts]
+
+    return bm25_index(split(task.documents))(split(task.queries), k)

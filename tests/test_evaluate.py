@@ -40,7 +40,7 @@ def test_standard_error_is_the_deviation_of_the_mean():
 def test_top_k_in_blocks_is_exact():
     rng = np.random.default_rng(0)
     query, document = rng.normal(size=(37, 8)).astype("f"), rng.normal(size=(100, 8)).astype("f")
-    scores, numbers = top_k(query, document, 5, block=10)
+    scores, numbers = top_k(query, document, 5, block=(10, 30))
     exact = query @ document.T
     assert np.array_equal(numbers, np.argsort(-exact, axis=1)[:, :5])
     np.testing.assert_allclose(scores, np.take_along_axis(exact, numbers, 1), rtol=1e-5)

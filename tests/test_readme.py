@@ -22,6 +22,7 @@ SMALL = {
     "bench/parity.py": "--layers=1 --hidden-size=64 --longest=512",
     "bench/encode.py": "--layers=1 --hidden-size=64 --texts=8 --rounds=1",
     "bench/faults.py": "--kills=1 --steps=2 --stages=mlm",
+    "bench/filtering.py": "--scale=0.01 --rows='with 30,planted: no'",
     "data/folder.py": "--vocab-size=2048",
     "data/jsonl.py": "--vocab-size=500",
     "bench/data.py": "--rows=500 --large=1000 --rounds=1",

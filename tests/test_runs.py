@@ -16,6 +16,7 @@ import contrastive
 import evaluate
 import finetune
 import mlm
+from data import filter as filtering
 from data import pydocs
 from model import NomicBert
 from options import InputError, help_texts, read_options
@@ -114,7 +115,9 @@ def test_an_earlier_run_is_kept(data, tmp_path):
 # Options and bad input
 
 
-@pytest.mark.parametrize("config", [*(s.Config for s in STAGES), evaluate.Options, pydocs.Options])
+@pytest.mark.parametrize(
+    "config", [*(s.Config for s in STAGES), evaluate.Options, pydocs.Options, filtering.Options]
+)
 def test_every_option_has_its_help_text(config):
     assert set(help_texts(config)) == {field.name for field in fields(config)}
 
@@ -152,6 +155,8 @@ def test_both_spellings_and_powers_of_ten_are_understood():
         (mlm, ["--batch-size=0"], "--batch-size=0: give 1 or more"),
         (finetune, ["--negatives=100000"], "the smallest source has"),
         (finetune, ["--negatives=-1"], "--negatives=-1: give 0 or more"),
+        (finetune, ["--miner=google"], "--miner=google: give model or bm25"),
+        (finetune, ["--margin=0"], "--margin=0.0: give more than 0"),
         (mlm, ["--seq-len=100000000"], "none of 100000000 in a row"),
         (contrastive, ["--init=nowhere"], "there is no checkpoint directory nowhere"),
         (contrastive, ["--batch-size=1000000"], "the largest source has"),

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +34,12 @@ def softmax_attention(q, k, v):
         scores = q[:, head] @ k[:, head].T / math.sqrt(q.shape[-1])
         out[:, head] = scores.softmax(-1) @ v[:, head]
     return out
+
+
+def unit_rows(n, E=8, seed=0):
+    """Random embeddings (n, E) at unit length."""
+    rows = np.random.default_rng(seed).normal(size=(n, E)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -1,0 +1,240 @@
+"""Consistency filtering: shuffled pairs go, real ones stay, and nothing else changes."""
+
+import json
+import os
+import resource
+
+import numpy as np
+import pytest
+from tiny import tiny_model, unit_rows
+
+from data import filter as filtering
+from data import prepare, store
+from data.write import Tally, tokenizing, write_source
+from model import NomicBert
+from options import InputError
+from retrieval import distinct
+
+WORDS = [a + b + c for a in "rst" for b in "aeio" for c in "nlmr"]
+
+
+def sentence(rng):
+    return " ".join(rng.choice(WORDS, 6, replace=False))
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory, tokenizer):
+    """A model with random weights: texts of the same words are alike to it. Its tokenizer is not
+    that of the data."""
+    folder = tmp_path_factory.mktemp("judge") / "model"
+    tiny_model(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data folder of 100 real pairs and 40 shuffled ones in a source, and 30 pairs in another."""
+    rng = np.random.default_rng(0)
+    texts = [sentence(rng) for _ in range(140)]
+    documents = [" ".join(reversed(text.split())) for text in texts]  # the same words
+    documents[100:] = np.roll(documents[100:], 1).tolist()
+    other = [(sentence(rng), sentence(rng)) for _ in range(30)]
+    tokenizer = prepare.train_tokenizer(texts, vocab_size=200)
+    data = tmp_path / "data"
+    for name, pairs in (("mixed", list(zip(texts, documents, strict=True))), ("other", other)):
+        prepare.write_pairs(data / "stage2" / name, pairs, ("a: ", "b: "), tokenizer)
+    prepare.write_documents(data / "stage1" / "train", texts, tokenizer)
+    tokenizer.save(str(data / "tokenizer.json"))
+    (data / "meta.json").write_text(json.dumps({"inputs": {}, "rows": {"mixed": 140, "other": 30}}))
+    return data
+
+
+def lines(path):
+    return path.read_text("utf-8").splitlines()
+
+
+def run(folder, judge, *options):
+    filtering.main([str(folder), f"--judge={judge}", *options])
+    return folder.with_name(folder.name + "-filtered")
+
+
+# ------------------------------------------------------------------------------------------------
+# The rule
+
+
+@pytest.mark.parametrize("top", [1, 2, 7])
+def test_a_pair_stays_if_fewer_than_top_documents_are_nearer(top):
+    query, document = unit_rows(300), unit_rows(200, seed=1)
+    right = np.random.default_rng(0).integers(200, size=300)
+    kept, nearest = filtering.is_consistent(query, document, right, top)
+    scores = query @ document.T
+    rank = (scores > scores[np.arange(300), right][:, None]).sum(1)
+    assert np.array_equal(kept, rank < top)
+    assert np.array_equal(nearest[:, 0], scores.argmax(1))
+
+
+def test_shuffled_pairs_go_and_real_ones_stay(folder, judge, capsys):
+    out = run(folder, judge, "--sources=mixed", "--show=4")
+    kept = lines(out / "stage2" / "mixed" / "pairs.jsonl")
+    before = lines(folder / "stage2" / "mixed" / "pairs.jsonl")
+    real = sum(line in before[:100] for line in kept)
+    assert real >= 95 and len(kept) - real <= 4
+    shown = capsys.readouterr().out
+    assert f"mixed: kept {len(kept)} of 140 pairs" in shown and shown.count("thrown away:") == 4
+
+
+def test_a_document_in_many_rows_does_not_push_itself_out(folder, judge, tokenizer):
+    """Ten different queries share a document; all of them stay, though two are the limit."""
+    text = " ".join(WORDS[:6])
+    pairs = [(f"{text} {word}", text) for word in WORDS[6:16]]
+    pairs += [(word * 3, word * 2) for word in WORDS[20:40]]
+    data_tokenizer = store.load_tokenizer(folder)
+    prepare.write_pairs(folder / "stage2" / "shared", pairs, ("a: ", "b: "), data_tokenizer)
+    out = run(folder, judge, "--sources=shared")
+    kept = lines(out / "stage2" / "shared" / "pairs.jsonl")
+    assert kept[:10] == lines(folder / "stage2" / "shared" / "pairs.jsonl")[:10]
+
+
+def test_pairs_are_compared_within_blocks_of_equal_size(folder, judge):
+    """30 pairs in blocks of at most 12: three of 10. What is judged in one is judged as if the
+    source had no other rows."""
+    model, path = NomicBert.from_pretrained(judge), folder / "stage2" / "other" / "pairs.jsonl"
+    options = filtering.Options(block=12, max_tokens=128)
+    prefixes = {"query": "a: ", "document": "b: "}
+    kept, nearest = filtering.judge_source(model, path, 30, prefixes, options)
+    pairs = [json.loads(line) for line in lines(path)]
+    for begin, end in ((0, 10), (10, 20), (20, 30)):
+        query, document = (
+            model.encode([prefixes[side] + pair[side] for pair in pairs[begin:end]], 128)
+            for side in ("query", "document")
+        )
+        first, right = distinct(pair["document"].encode() for pair in pairs[begin:end])
+        expected, _ = filtering.is_consistent(query, document[first], right)
+        assert np.array_equal(kept[begin:end], expected)
+        assert nearest[begin:end].min() >= begin and nearest[begin:end].max() < end
+
+
+# ------------------------------------------------------------------------------------------------
+# The folder
+
+
+def test_rows_that_stay_keep_their_tokens_and_sources_that_stay_whole_are_linked(folder, judge):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    out = run(folder, judge, "--sources=mixed")
+    assert all(path.read_bytes() == content for path, content in before.items())
+    tokenizer = store.load_tokenizer(out)
+    old, new = (store.Source(d / "stage2" / "mixed", tokenizer) for d in (folder, out))
+    rows = {line: i for i, line in enumerate(lines(folder / "stage2" / "mixed" / "pairs.jsonl"))}
+    kept = [rows[line] for line in lines(out / "stage2" / "mixed" / "pairs.jsonl")]
+    assert len(new) == len(kept) < len(old)
+    for side, column in new.columns.items():
+        assert all(np.array_equal(column[i], old.columns[side][row]) for i, row in enumerate(kept))
+        assert new.meta["tokens"][side] == len(column.tokens)
+    linked = ["stage1/train/document.tokens.bin", "stage2/other/pairs.jsonl"]
+    assert all(os.path.samefile(folder / name, out / name) for name in linked)
+    same = (folder / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
+    assert same and not os.path.samefile(folder / "tokenizer.json", out / "tokenizer.json")
+    meta = json.loads((out / "meta.json").read_text())
+    assert meta["filtered"] == {"mixed": {"rows": 140, "kept": len(kept)}}
+    assert meta["rows"]["mixed"] == new.meta["rows"] == len(kept)
+    how = meta["inputs"]["filtered"]
+    assert (how["judge"], how["top"], how["block"]) == (str(judge), 2, 1_000_000)
+    assert how["weights"] == store.fingerprint(judge / "model.safetensors")
+
+
+def test_negatives_stay_with_their_rows(folder, judge):
+    tokenizer, where = store.load_tokenizer(folder), folder / "stage2" / "own"
+    rows = [
+        {"query": w * 2, "document": w, "negatives": WORDS[: i % 3]} for i, w in enumerate(WORDS)
+    ]
+    with tokenizing(tokenizer, processes=1) as tokenize:
+        prefixes = {"query": "a: ", "document": "b: "}
+        write_source(where, rows, prefixes, tokenize, Tally(), inputs=["rows"])
+    kept = np.zeros(len(rows), bool)
+    kept[[1, 4, 5, 6]] = True
+    old = store.Source(where, tokenizer)
+    filtering.write_kept(old, where / "pairs.jsonl", kept, folder / "stage2" / "fewer", {})
+    new = store.Source(folder / "stage2" / "fewer", tokenizer)
+    for i, row in enumerate([1, 4, 5, 6]):
+        expected = old.texts("negative", old.negatives(row), 99)
+        got = new.texts("negative", new.negatives(i), 99)
+        assert len(got) == row % 3
+        assert all(np.array_equal(*pair) for pair in zip(got, expected, strict=True))
+    assert "inputs" not in new.meta, "else data/write.py would take it for the whole source"
+
+
+def test_operations_of_a_pair_are_those_of_its_products():
+    """Counted by hand: one layer, C = 4, I = 8, texts of 1 and 2 tokens, a block of 10."""
+    config = tiny_model(hidden_size=4, num_hidden_layers=1, intermediate_size=8).config
+    weights = 4 * 4 * 4 + 3 * 4 * 8  # Wqkv and out_proj; three matrices of the MLP
+    attention = 2 * 2 * 4 * (1 * 1 + 2 * 2)  # scores, and the sum of values
+    assert filtering.operations(config, 1, 2, 10) == (3 * 2 * weights + attention, 2 * 10 * 4)
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--sources=mixed,nothing"],
+            "--sources=nothing: the sources of .*stage2 are mixed, other",
+        ),
+        (["--top=0"], "--top=0: give 1 or more"),
+        (["--block=2"], "--top=2: in blocks of 2 pairs, all would stay"),
+        (["--judge=nowhere"], "there is no checkpoint directory nowhere"),
+        (["--max-tokens=-1"], "--max-tokens=-1: give 0 or more"),
+        (["--show=few"], "--show=few: not a whole number"),
+        (["more"], "give one data folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(options, message, folder, judge):
+    with pytest.raises(InputError, match=message) as error:
+        run(folder, judge, *options)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in folder.parent.iterdir()] == ["data"]
+
+
+def test_a_folder_that_is_there_is_not_overwritten(folder, judge, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="mine is there already: give another --out"):
+        run(folder, judge, f"--out={tmp_path / 'mine'}")
+    with pytest.raises(InputError, match="no data in .*: python data/pydocs.py"):
+        run(tmp_path / "mine", judge)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: ['{"query": 1}', *rows[1:]], 'pairs.jsonl, line 1: not {"query"'),
+        (lambda rows: [*rows, rows[0]], "has 141 lines, but its source has 140 rows"),
+        (lambda rows: rows[:-1], "has 139 lines, but its source has 140 rows"),
+    ],
+)
+def test_text_that_does_not_fit_the_tokens_is_named(change, message, folder, judge):
+    path = folder / "stage2" / "mixed" / "pairs.jsonl"
+    path.write_text("\n".join(change(lines(path))) + "\n")
+    with pytest.raises(InputError, match=message):
+        run(folder, judge)
+    assert [path.name for path in folder.parent.iterdir()] == ["data"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_that_cannot_be_written_is_named(folder, judge, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(InputError, match="cannot write"):
+        run(folder, judge, f"--out={tmp_path / 'locked' / 'out'}")
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(folder, judge):
+    """No file may grow beyond 1,000 bytes, which the filtered tokens do."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="cannot write .*: File too large; nothing was left"):
+            run(folder, judge)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in folder.parent.iterdir()] == ["data"]
