@@ -36,7 +36,7 @@ test: .venv/installed .venv/installed-for-tests
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-extra.txt
 	touch .venv/installed
 
-.venv/installed-for-tests: .venv/installed requirements-test.txt
+.venv/installed-for-tests: .venv/installed requirements-test.txt requirements-hub.txt
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-test.txt
 	touch .venv/installed-for-tests
 

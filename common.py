@@ -52,7 +52,10 @@ def make_default_data(folder):
     if Path(folder, "meta.json").is_file():
         return
     if folder != "out/pydocs":
-        raise InputError(f"no data in {folder}: python data/pydocs.py --out={folder} makes some")
+        own = "your own text: data/folder.py or data/jsonl.py"
+        raise InputError(
+            f"no data in {folder}: python data/pydocs.py --out={folder} makes some; {own}"
+        )
     if is_first():
         print(f"{folder} is missing: preparing it, as python data/pydocs.py does", flush=True)
         from data import pydocs

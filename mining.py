@@ -24,6 +24,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
+import processes
 from contrastive import embed
 from data import store
 from options import InputError
@@ -149,15 +150,15 @@ def mine(model, sources, config):
     if not path.is_file():
         without = [source for source in sources if "negative" not in source.columns]
         for name in [source.name for source in sources if source not in without]:
-            common.print0(f"{name}: has negatives of its own, and is not mined")
+            processes.print0(f"{name}: has negatives of its own, and is not mined")
         try:
             mined = {source.name: mine_source(model, source, config, scratch) for source in without}
-            if common.is_first():
+            if processes.is_first():
                 common.replace(path, lambda temporary: np.savez(open(temporary, "wb"), **mined))
         finally:
-            if common.is_first():
+            if processes.is_first():
                 shutil.rmtree(scratch, ignore_errors=True)
-    common.wait_for_all()
+    processes.wait_for_all()
     return dict(np.load(path))
 
 
@@ -201,7 +202,7 @@ def mine_source(model, source, config, scratch):
 
     path = scratch / f"{source.name}.negatives"
     mined = shared_rows(path, (len(source), width), np.int64, negatives_of)
-    total = common.sum_over_processes(torch.from_numpy(dropped)).tolist()
+    total = processes.sum_over_processes(torch.from_numpy(dropped)).tolist()
     tell(source.name, len(source), m, total, config)
     return mined
 
@@ -209,7 +210,7 @@ def mine_source(model, source, config, scratch):
 def tell(name, n, m, counts, config):
     kept, likely, known, few = counts
     share = f"{config.margin:g} times" if config.margin != 1 else "as high as"
-    common.print0(
+    processes.print0(
         f"{name}: {n:,} queries, {m:,} different documents, {kept / n:.1f} negatives mined for each"
         f" query by {config.miner}\n"
         f"  dropped {likely:,} near misses as likely answers: they score {share} the right document"
@@ -236,7 +237,7 @@ def shared_rows(path, shape, dtype, rows_of, chunk=4096):
         if rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
-        common.wait_for_all()
+        processes.wait_for_all()
         with open(path, "r+b") as file:
             for start in tqdm(starts, path.name, disable=hidden, leave=False):
                 rows = np.arange(start, min(start + chunk, shape[0]))
@@ -244,7 +245,7 @@ def shared_rows(path, shape, dtype, rows_of, chunk=4096):
                 file.write(np.asarray(rows_of(rows), dtype).tobytes())
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
-    common.wait_for_all()
+    processes.wait_for_all()
     return np.memmap(path, dtype, "r", shape=shape)
 
 

@@ -103,7 +103,7 @@ def main(arguments):
             scores = {"minutes": train(RUNS, name, folder, others)}
             model = NomicBert.from_pretrained(folder / name, device=best_device())
             for task in tasks:
-                ranking, _ = task.rank(model, evaluate.Options.max_tokens)
+                ranking, _ = task.rank(model, model.config.trained_length)
                 scores[task.name] = statistics.mean(task.scores(ranking)["nDCG@10"])
             results[row].append(scores)
         evaluate.save_results(options.out, "ablations", results)

@@ -152,7 +152,7 @@ def run_once(stage, name, out, arguments, options):
             make_folder(name, options),
             max(2, round(stage.Config().steps * options.scale)),
         )
-        arguments = [*arguments, f"--steps={steps}", "--eval-every=1000000", "--log-every=50"]
+        arguments = [*arguments, f"--steps={steps}", "--eval-every=0", "--log-every=50"]
         stage.main([f"--data={data}", f"--out={out}", *arguments])
         (out / "done").touch()
 

@@ -38,15 +38,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint import find
 from data.prepare import whole_or_nothing
 from data.store import Source, fingerprint, load_tokenizer
-from model import NomicBert, fast_dtype
+from model import NomicBert
 from options import InputError, read_options, run
+from processes import best_device
 from retrieval import distinct, read_lines, top_k
 
 
@@ -222,9 +222,8 @@ def main(arguments):
     data = Path(folders[0])
     out = Path(options.out or f"{data}-filtered")
     names = check_options(options, data, out)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, model = load_tokenizer(data), NomicBert.from_pretrained(options.judge).to(device)
-    model.dtype = fast_dtype(device)
+    tokenizer = load_tokenizer(data)
+    model = NomicBert.from_pretrained(options.judge, device=best_device())
     options.max_tokens = options.max_tokens or model.config.trained_length
     filter_folder(data, out, names, model, tokenizer, options)
     print(f"wrote {out}")

@@ -145,7 +145,7 @@ def open_sources(folder, tokenizer):
     """All sources in a folder, in the order of their names."""
     found = [path.parent for path in sorted(Path(folder).glob("*/meta.json"))]
     if not found:
-        raise InputError(f"no sources in {folder}: python data/pydocs.py makes those of out/pydocs")
+        raise InputError(f"no sources in {folder}: a script in data/ makes them, such as jsonl.py")
     return [Source(path, tokenizer) for path in found]
 
 

@@ -111,7 +111,7 @@ def test_another_tokenizer_is_an_error_before_training(data, tokenizer):
 def test_a_folder_of_something_else_is_an_error(tmp_path, tokenizer):
     with pytest.raises(InputError, match="not a source of texts"):
         Source(tmp_path, tokenizer)
-    with pytest.raises(InputError, match="no sources in .* python data/pydocs.py"):
+    with pytest.raises(InputError, match="no sources in .* such as jsonl.py"):
         open_sources(tmp_path, tokenizer)
 
 

@@ -198,10 +198,10 @@ def test_two_processes_mine_what_one_does(data, tmp_path):
     """Each chunk of rows is the same, whichever process it falls to: so are its negatives."""
     script = (
         "import sys, torch, numpy as np; sys.path[:0] = [{root!r}, {root!r} + '/tests']\n"
-        "import common, mining; from data import store; from finetune import Config\n"
+        "import processes, mining; from data import store; from finetune import Config\n"
         "from tiny import tiny_model; import functools\n"
         "mining.shared_rows = functools.partial(mining.shared_rows, chunk=32)\n"
-        "config = Config(out=sys.argv[1], mined=5, batch_size=2); common.start_processes(config)\n"
+        "config = Config(out=sys.argv[1], mined=5, batch_size=2); processes.start(config)\n"
         "tokenizer = store.load_tokenizer({data!r})\n"
         "sources = store.open_sources({data!r} + '/stage3', tokenizer)\n"
         "torch.set_num_threads(1); mining.mine(tiny_model(tokenizer), sources, config)\n"
