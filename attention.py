@@ -11,6 +11,8 @@ attention wants a rectangle, so for the portable way texts of equal length share
 them computes anything for padding.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,15 +21,6 @@ import torch.nn.functional as F
 
 from data.store import send
 from options import InputError
-
-try:
-    from flash_attn import flash_attn_varlen_func
-except ImportError:
-    flash_attn_varlen_func = None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
 
 WAYS = ("auto", "flash-attn", "varlen", "portable")
 
@@ -38,26 +31,41 @@ def choose(wanted, device, dtype):
     Raises InputError for one that does not work here, saying why."""
     if wanted not in WAYS:
         raise InputError(f"--attention={wanted}: give {', '.join(WAYS)}")
-    missing = {  # way -> why not
-        "flash-attn": "pip install flash-attn" if flash_attn_varlen_func is None else "",
-        "varlen": "it comes with torch 2.11" if varlen_attn is None else "",
-        "portable": "",
-    }
+    missing = dict.fromkeys(WAYS[1:], "")  # way -> why not
     for way in ("flash-attn", "varlen"):
         if device.type != "cuda":
             missing[way] = "it needs a CUDA GPU: leave it out, or give --attention=portable"
         elif dtype not in (torch.bfloat16, torch.float16):
             missing[way] = f"it computes in bf16, not in {dtype}: add --precision=bf16"
+        elif kernel_of(way) is None:
+            package = {"flash-attn": "pip install flash-attn", "varlen": "torch 2.11 has it"}
+            missing[way] = f"it is not installed: {package[way]}"
     if wanted != "auto" and missing[wanted]:
         raise InputError(f"--attention={wanted}: {missing[wanted]}")
     return wanted if wanted != "auto" else next(way for way in missing if not missing[way])
+
+
+@functools.cache
+def kernel_of(way):
+    """The function of flash-attn or torch that takes cu_seqlens; None where there is none. It is
+    imported when a GPU wants it: that takes a second."""
+    try:
+        if way == "flash-attn":
+            from flash_attn import flash_attn_varlen_func as kernel
+        elif way == "varlen":
+            from torch.nn.attention.varlen import varlen_attn as kernel
+        else:
+            return None
+    except ImportError:
+        return None
+    return kernel
 
 
 @dataclass
 class Packing:
     """Where the texts of a packed batch are, as the chosen way wants to know it."""
 
-    way: str
+    kernel: Callable | None  # None: the portable way
     cu_seqlens: torch.Tensor  # (B + 1,) int32, on the device
     longest: int  # tokens, or more: the kernels size their grid by it
     groups: list  # (length, number of texts) of each run of equal lengths; of the portable way only
@@ -75,7 +83,7 @@ def packing(cu_seqlens, way, device):
     if way != "portable":
         # a power of two: few values, for each of which torch.compile may compile anew
         longest = 1 << max(6, int(lengths.max() - 1).bit_length())
-        return None, Packing(way, cu_seqlens, longest, [])
+        return None, Packing(kernel_of(way), cu_seqlens, longest, [])
     order = None
     if (np.diff(lengths) > 0).any():
         by_length = np.argsort(-lengths, kind="stable")
@@ -83,23 +91,22 @@ def packing(cu_seqlens, way, device):
         order = send(np.concatenate(parts), device)  # (N,)
     values, counts = np.unique(-lengths, return_counts=True)
     groups = [(-int(value), int(count)) for value, count in zip(values, counts, strict=True)]
-    return order, Packing(way, cu_seqlens, groups[0][0], groups)
+    return order, Packing(None, cu_seqlens, groups[0][0], groups)
 
 
 def attention(q, k, v, packing):
     """softmax(Q K^T / sqrt(D)) V within each text: (N, H, D) each -> (N, H, D)."""
-    if packing.way == "portable":
+    if packing.kernel is None:
         return portable_attention(q, k, v, packing)
-    kernel = flash_attn_varlen_func if packing.way == "flash-attn" else varlen_attn
     texts, longest = packing.cu_seqlens, packing.longest
-    return kernel(q, k, v, texts, texts, longest, longest)  # queries' texts are those of the keys
+    # the texts of the queries are those of the keys
+    return packing.kernel(q, k, v, texts, texts, longest, longest)
 
 
 # ------------------------------------------------------------------------------------------------
 # The portable way
 
 
-@torch.compiler.disable  # every batch has other groups, and would be compiled anew
 def portable_attention(q, k, v, packing):
     """Attention of groups of texts of equal length, which stand together."""
     outputs = []

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
 
 import attention
@@ -124,12 +123,20 @@ def place(model, encoder, config, device):
             raise InputError(
                 "--compile needs a C++ compiler on a CPU: install g++, or leave it out"
             )
-        for layer in encoder.encoder.layers:  # all alike, so that one compilation serves them all
-            layer.compile(dynamic=True)
+        compile_blocks(encoder)
     print0(
         f"{device}, activations in {str(encoder.dtype)[6:]}, attention: {encoder.attention}"
         + ", compiled" * config.compile
     )
+
+
+def compile_blocks(encoder):
+    """Lets torch.compile fuse the operations of each block. They are all alike, so that one
+    compilation serves them all; shapes are dynamic, so that it serves all batches."""
+    # every batch has other groups, for which this would be compiled anew
+    attention.portable_attention = torch.compiler.disable(attention.portable_attention)
+    for layer in encoder.encoder.layers:
+        layer.compile(dynamic=True)
 
 
 def adamw(model, config, betas, eps):
@@ -144,6 +151,8 @@ def adamw(model, config, betas, eps):
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms}]
     settings = {"lr": config.lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "fused": True}
     if config.zero and dist.is_initialized():
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # a second to import
+
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
     return torch.optim.AdamW(groups, **settings)
 
@@ -231,8 +240,8 @@ def save(config, model, optimizer, step):
     signal asked for it."""
     from card import write_card
 
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.consolidate_state_dict()  # the first process gathers what it writes
+    if hasattr(optimizer, "consolidate_state_dict"):
+        optimizer.consolidate_state_dict()  # with --zero: the first process gathers what it writes
     if is_first():
         model.save_pretrained(config.out)
         write_card(config.out)

@@ -173,7 +173,7 @@ def mine_source(model, source, config, scratch):
 
     def embedded(side, rows):
         texts = source.texts(side, rows, lengths[side])
-        return embed(model, texts, config.micro_batch_tokens).cpu().numpy()
+        return embed(model, texts, config.micro_batch_tokens).float().cpu().numpy()
 
     document = shared_rows(
         scratch / f"{source.name}.documents",

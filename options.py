@@ -50,12 +50,11 @@ def read_options(config_class, arguments, presets=None):
     Options are --key=value, with - or _ within the key; --key alone sets a bool. --help prints all
     and ends the program. Raises InputError for a key that does not exist, naming the nearest one,
     and for a value of the wrong type."""
-    presets = presets or {"": {}}
     types = {field.name: field.type for field in fields(config_class)}
     given = {}
     for argument in arguments:
         if argument in ("-h", "--help"):
-            print_help(config_class, presets)
+            print_help(config_class, presets or {})
             sys.exit(0)
         match = re.fullmatch(r"--([\w-]+)(?:=(.*))?", argument, re.S)
         if not match:
@@ -67,13 +66,15 @@ def read_options(config_class, arguments, presets=None):
             raise InputError(f"--{match[1]} is not an option: {hint}")
         given[key] = parse(match[1], value, types[key])
 
-    preset = given.get("preset", next(iter(presets)))
-    if preset not in presets:
-        raise InputError(f"--preset={preset}: the presets are {', '.join(presets)}")
-    origin = dict.fromkeys(types, "default")
-    origin.update(dict.fromkeys(presets[preset], f"preset {preset}"))
+    values, origin = {}, dict.fromkeys(types, "default")
+    if presets:
+        preset = given.get("preset", next(iter(presets)))
+        if preset not in presets:
+            raise InputError(f"--preset={preset}: the presets are {', '.join(presets)}")
+        values = presets[preset]
+        origin.update(dict.fromkeys(values, f"preset {preset}"))
     origin.update(dict.fromkeys(given, "option"))
-    return config_class(**{**presets[preset], **given}), origin
+    return config_class(**{**values, **given}), origin
 
 
 def parse(key, text, kind):

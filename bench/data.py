@@ -9,7 +9,7 @@
   memory already; both with as many threads or processes
 - memory: the peak of all processes together, at 10 thousand rows and at --large
 - opening: a source of a thousand rows and one of ten million (files with holes), and the first text
-- reading: random batches as contrastive.py draws them, against the fastest stage of bench/train.py
+- reading: random batches as contrastive.py draws them, against the fastest stage of bench/stages.py
 - the paper's data: computed from these rates and from lengths of real pairs, saying what is assumed
 
 The texts are the pairs of a data folder, each made unique by a number.
@@ -46,7 +46,7 @@ class Options:
     rows: int = 50_000  # of which the speed is measured
     large: int = 1_000_000  # rows at which the memory is measured, beside 10,000
     rounds: int = 3  # of each measurement; the best counts
-    stage: int = 52_044  # tokens/s of the fastest stage here (bench/train.py)
+    stage: int = 52_044  # tokens/s of the fastest stage here (bench/stages.py)
     pairs: str = ""  # JSON lines from which tokens per pair are taken, with commas; empty: DATA
     tokenizer: str = ""  # a tokenizer.json for that; empty: that of DATA
     gpu: float = 4e14  # floating-point operations a second of the GPU that would filter: assumed

@@ -32,7 +32,7 @@ from encode import lengths_of
 
 import contrastive
 import mlm
-from common import model_shape
+from common import compile_blocks, model_shape
 from data import store
 from model import NomicBert, NomicBertForMaskedLM, fast_dtype
 from options import read_options, run
@@ -240,8 +240,7 @@ def main(arguments):
             encoder = model if cls is NomicBert else model.bert
             encoder.dtype = dtype
             if options.compile:
-                for layer in encoder.encoder.layers:
-                    layer.compile(dynamic=True)
+                compile_blocks(encoder)
             return model
 
         def their_masked(size):

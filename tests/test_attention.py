@@ -11,7 +11,7 @@ import torch
 from tiny import softmax_attention
 
 import attention as module
-from attention import Packing, attention, choose, packing
+from attention import Packing, attention, choose, kernel_of, packing
 from model import Block, Config
 from options import InputError
 
@@ -114,17 +114,17 @@ def flash_attn_varlen_func(
 
 def test_flash_attn_is_called_as_documented_and_only_that_is_checked(monkeypatch):
     """Its kernel does not run here: a function with its signature stands in for it."""
-    monkeypatch.setattr(module, "flash_attn_varlen_func", flash_attn_varlen_func)
+    monkeypatch.setattr(module, "kernel_of", lambda way: flash_attn_varlen_func)
     agrees("flash-attn", torch.bfloat16, CPU)
 
 
-@pytest.mark.skipif(module.varlen_attn is None, reason="this torch has no varlen_attn")
+@pytest.mark.skipif(kernel_of("varlen") is None, reason="this torch has no varlen_attn")
 def test_varlen_attn_is_called_as_documented():
-    names = list(inspect.signature(module.varlen_attn).parameters)[:7]
+    names = list(inspect.signature(kernel_of("varlen")).parameters)[:7]
     assert names == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
 
 
-@pytest.mark.skipif(module.varlen_attn is None, reason="this torch has no varlen_attn")
+@pytest.mark.skipif(kernel_of("varlen") is None, reason="this torch has no varlen_attn")
 def test_a_compiled_block_is_one_graph_for_all_batches():
     """Forward and backward on the meta device, where shapes are computed and numbers are not: the
     graph does not break (fullgraph), and other batches do not compile it anew."""
@@ -135,7 +135,7 @@ def test_a_compiled_block_is_one_graph_for_all_batches():
         for N, B in ((300, 4), (411, 9), (5000, 100)):
             x = torch.empty(N, 128, dtype=torch.bfloat16, requires_grad=True)
             cos = torch.empty(N, 32, dtype=torch.bfloat16)
-            texts = Packing("varlen", torch.empty(B + 1, dtype=torch.int32), 256, [])
+            texts = Packing(kernel_of("varlen"), torch.empty(B + 1, dtype=torch.int32), 256, [])
             with torch._dynamo.config.patch(error_on_recompile=N != 300):
                 out = compiled(x, cos, cos, texts)
                 out.sum().backward()
@@ -160,13 +160,18 @@ def test_a_way_that_does_not_work_here_is_refused(wanted, device, dtype, message
         choose(wanted, device, dtype)
 
 
-def test_auto_takes_the_first_that_works(monkeypatch):
-    assert choose("auto", CPU, torch.bfloat16) == "portable"
-    assert choose("auto", GPU, torch.float32) == "portable"
-    monkeypatch.setattr(module, "varlen_attn", print)
-    assert choose("auto", GPU, torch.bfloat16) == "varlen"
-    monkeypatch.setattr(module, "flash_attn_varlen_func", print)
-    assert choose("auto", GPU, torch.bfloat16) == "flash-attn"
-    monkeypatch.setattr(module, "varlen_attn", None)
-    monkeypatch.setattr(module, "flash_attn_varlen_func", None)
-    assert choose("auto", GPU, torch.bfloat16) == "portable"
+@pytest.mark.parametrize(
+    ("installed", "first"),
+    [
+        (("flash-attn", "varlen"), "flash-attn"),
+        (("varlen",), "varlen"),
+        ((), "portable"),
+    ],
+)
+def test_auto_takes_the_first_that_works(installed, first, monkeypatch):
+    monkeypatch.setattr(module, "kernel_of", lambda way: print if way in installed else None)
+    assert choose("auto", GPU, torch.bfloat16) == first
+    assert choose("auto", CPU, torch.bfloat16) == choose("auto", GPU, torch.float32) == "portable"
+    if not installed:
+        with pytest.raises(InputError, match="varlen: it is not installed: torch 2.11 has it"):
+            choose("varlen", GPU, torch.bfloat16)

@@ -149,7 +149,7 @@ def test_both_spellings_and_powers_of_ten_are_understood():
         (mlm, ["--resume=perhaps"], "--resume=perhaps: give true or false"),
         (mlm, ["steps=4"], "options are written --key=value"),
         (mlm, ["--preset=huge"], "the presets are laptop, gpu, paper"),
-        (mlm, ["--precision=int4"], "give auto, bf16 or float32"),
+        (mlm, ["--precision=int4"], "give auto, bf16, float32 or float64"),
         (mlm, ["--num-attention-heads=3"], "makes no 3 heads"),
         (mlm, ["--data=nowhere"], "no data in nowhere: python data/pydocs.py --out=nowhere"),
         (mlm, ["--batch-size=0"], "--batch-size=0: give 1 or more"),
