@@ -14,8 +14,8 @@ from test_jsonl import pairs
 SMALL = {
     "data/pydocs.py": "--core=numpy,tqdm --vocab-size=2048",
     "mlm.py": "--steps=3 --batch-size=8",  # the last of two values of an option counts
-    "contrastive.py": "--steps=3 --batch-size=8",
-    "finetune.py": "--steps=3 --batch-size=8",
+    "contrastive.py": "--steps=3 --batch-size=8 --eval-every=0",
+    "finetune.py": "--steps=3 --batch-size=8 --eval-every=0",
     "bench/stages.py": "--steps=4 --batch-size=8",
     "bench/train.py": "--preset=laptop --texts=8 --tries=8 --rounds=1",
     "bench/attention.py": "--tokens=300 --heads=1 --rounds=1",
@@ -24,6 +24,7 @@ SMALL = {
     "bench/faults.py": "--kills=1 --steps=2 --stages=mlm",
     "bench/filtering.py": "--scale=0.01 --rows='with 30,planted: no'",
     "data/folder.py": "--vocab-size=2048",
+    "data/filter.py": "--sources=halves",
     "data/jsonl.py": "--vocab-size=500",
     "bench/data.py": "--rows=500 --large=1000 --rounds=1",
     "bench/memory.py": "--batches=64 --source=name-code",
