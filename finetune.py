@@ -66,7 +66,7 @@ class Config:
     document_tokens: int = 64  # documents are cut to this length
     temperature: float = 0.02  # divides the cosines: a logit scale of 50, fixed [code]
     matryoshka: bool = False  # train the first 64, 128, 256, ... dimensions to be embeddings too
-    micro_batch_tokens: int = 16_384  # tokens that go through the model at once, in each process
+    micro_batch_tokens: int = 4096  # tokens that go through the model at once: what a cache holds
     tokens_in_memory: int = 65_536  # larger batches, in each process, go through GradCache
 
     steps: int = 50  # optimizer steps

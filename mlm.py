@@ -56,7 +56,7 @@ class Config:
     seq_len: int = 128  # tokens of a sequence; Dynamic NTK is for longer texts
     mask_probability: float = 0.30  # share of tokens to predict (sec. 4.1.2)
     batch_size: int = 64  # sequences in a step, over all processes
-    micro_batch_tokens: int = 16_384  # tokens that go through the model at once, in each process
+    micro_batch_tokens: int = 4096  # tokens that go through the model at once: what a cache holds
 
     steps: int = 200  # optimizer steps
     lr: float = 2e-3  # peak of the learning rate; small models bear more than large ones
