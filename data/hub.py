@@ -8,7 +8,7 @@
 The bucket with the published pairs (filtered, with negatives) refuses access by now. The tables
 name public data sets that hold the same pairs before filtering, where there are some; `st:` are
 files of sentence-transformers/embedding-training-data, all found in its listing. What is marked ?
-is a guess: the name, or the columns. Filtering is data/filter.py, mining negatives is finetune.py.
+is a guess: the name, or the columns. Filtering is data/filter.py, mining negatives is mining.py.
 
 A local copy comes first, in DIR/NAME or DIR/BUCKET: NAME.jsonl.gz, NAME.jsonl or NAME.parquet, or a
 folder of such shards, with the columns query, document and negatives or those of the table.
