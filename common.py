@@ -143,7 +143,7 @@ def adamw(model, config, betas, eps):
     """AdamW, with weight decay on matrices and not on norms.
 
     With --zero each process keeps the two moments of its share of the parameters only, does their
-    step, and sends them to the others: stage 1 of ZeRO (arXiv 1910.02054; the paper has stage 2).
+    step, and sends them to the others: stage 1 of ZeRO (arXiv 1910.02054; [code] has stage 2).
     FSDP2 would shard weights too, but it turns them into DTensors that every reader of the model
     would meet; here the model stays as it is, and so do checkpoints."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]

@@ -113,7 +113,7 @@ PRESETS = {
         "micro_batch_tokens": 65_536,  # ours; the released GradCache takes 64 texts [code]
         "tokens_in_memory": 65_536,
         "compile": True,
-        "zero": True,  # sec. A has DeepSpeed's stage 2 for stage 1; no word on this one
+        "zero": True,  # ours; [code] has it for masked words only
         "steps": 14_316,  # one epoch of 234,553,344 pairs (table 7)
         "lr": 2e-4,  # the paper's first version prints 2e-5
         "warmup": 700,

@@ -96,7 +96,7 @@ PRESETS = {
         "batch_size": 4096,
         "micro_batch_tokens": 65_536,  # ours; it does not change the result
         "compile": True,
-        "zero": True,  # sec. A has DeepSpeed's stage 2, which shards gradients too
+        "zero": True,  # [code] has DeepSpeed's stage 2, which shards gradients too
         "steps": 100_000,
         "lr": 5e-4,  # the code of the time has 1e-3, which the paper found unstable
         "warmup": 0.06,
