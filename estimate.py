@@ -12,7 +12,7 @@ formula here: a small model is run, and what it saved is added up.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,28 +95,48 @@ def sampled_lengths(stage, config, tokenizer):
     return {name: np.clip(values, 4, limits[name]) for name, values in lengths.items()}, origin
 
 
-def dry_run(stage, config, processes=8):
-    """Prints what a run would take on 1 and on `processes` GPUs. stage: "mlm", "contrastive" or
-    "finetune". Nothing is written."""
+@dataclass(frozen=True)
+class Step:
+    """What one step of a run consists of, over all processes."""
+
+    shape: model.Config  # of the model
+    lengths: dict  # column -> lengths of its texts, a sample
+    origin: str  # where these are from
+    texts: dict  # column -> how many
+    tokens: float
+    operations: float  # useful ones
+
+
+def step_of(stage, config):
+    """A step of a run. stage: "mlm", "contrastive" or "finetune"; config: its Config."""
     there = Path(config.data, "meta.json").is_file()
     tokenizer = store.load_tokenizer(config.data) if there else None
     vocab_size = tokenizer.get_vocab_size() if there else model.Config.vocab_size
-    is_mlm = stage == "mlm"
-    shape = model_shape(config, vocab_size, config.seq_len if is_mlm else config.trained_length)
+    trained_length = config.seq_len if stage == "mlm" else config.trained_length
+    shape = model_shape(config, vocab_size, trained_length)
+    lengths, origin = sampled_lengths(stage, config, tokenizer)
+    masked = config.mask_probability if stage == "mlm" else 0.0
+    copies = {"document": 1 + getattr(config, "negatives", 0)}
+    texts = {name: config.batch_size * copies.get(name, 1) for name in lengths}
+    tokens = {name: texts[name] * lengths[name].mean() for name in texts}
+    work = sum(tokens[name] * operations_per_token(shape, lengths[name], masked) for name in texts)
+    return Step(shape, lengths, origin, texts, float(sum(tokens.values())), float(work))
+
+
+def dry_run(stage, config, processes=8):
+    """Prints what a run would take on 1 and on `processes` GPUs. stage: "mlm", "contrastive" or
+    "finetune". Nothing is written."""
+    step, is_mlm = step_of(stage, config), stage == "mlm"
+    shape, texts, in_step, work = step.shape, step.texts, step.tokens, step.operations
     with torch.device("meta"):
         built = (model.NomicBertForMaskedLM if is_mlm else model.NomicBert)(shape)
     weights = sum(p.numel() for p in built.parameters())
 
-    lengths, origin = sampled_lengths(stage, config, tokenizer)
-    masked = config.mask_probability if is_mlm else 0.0
-    copies = {"document": 1 + getattr(config, "negatives", 0)}
-    texts = {name: config.batch_size * copies.get(name, 1) for name in lengths}  # of a step
-    tokens = {name: texts[name] * lengths[name].mean() for name in texts}
-    work = sum(tokens[name] * operations_per_token(shape, lengths[name], masked) for name in texts)
-    in_step = float(sum(tokens.values()))
-    means = ", ".join(f"{n.mean():,.0f} tokens in a {name}" for name, n in lengths.items())
-    print(f"{stage}, preset {config.preset}: {weights:,} parameters, vocabulary {vocab_size:,}")
-    print(f"texts      {means} in the mean; {origin}")
+    means = ", ".join(f"{n.mean():,.0f} tokens in a {name}" for name, n in step.lengths.items())
+    print(
+        f"{stage}, preset {config.preset}: {weights:,} parameters, vocabulary {shape.vocab_size:,}"
+    )
+    print(f"texts      {means} in the mean; {step.origin}")
     print(f"a step     {in_step:,.0f} tokens, {work:.2e} useful operations")
     in_all = f"{config.steps * in_step:.2e} tokens, {config.steps * work:.2e} useful operations"
     print(f"{config.steps:,} steps  {in_all}")
