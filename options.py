@@ -27,6 +27,8 @@ def run(main):
     """Calls main() with the command line, and shows an InputError as one line on stderr."""
     try:
         main(sys.argv[1:])
+        if "RANK" in os.environ:
+            leave()
     except InputError as error:
         if int(os.environ.get("RANK", 0)) == 0:  # of several processes, one speaks
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
@@ -36,6 +38,14 @@ def run(main):
             "\nstopped; a stage continues from its last checkpoint with --resume", file=sys.stderr
         )
         sys.exit(130)
+
+
+def leave():
+    """Ends one of several processes, when it is done, without taking the interpreter apart: a
+    thread of gloo that lets go of a tensor after that would abort the process (torch 2.13)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def help_texts(config_class):

@@ -20,7 +20,7 @@ import contrastive
 import finetune
 import mlm
 from common import adamw
-from options import InputError
+from options import InputError, leave
 
 STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
 OPTIONS = [*SMALL[:-3], "--steps=20", "--batch-size=8", "--log-every=1", "--eval-every=0"]
@@ -80,6 +80,7 @@ def safe_work(rank, *arguments):
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # the others would wait for it
+    leave()
 
 
 @pytest.fixture(scope="module")
