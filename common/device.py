@@ -1,0 +1,52 @@
+"""The processor that a program runs on, and how fast it is."""
+
+import torch
+
+from common.options import InputError
+
+# dense bf16 operations per second, from NVIDIA's data sheets; the first name that fits counts
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+PEAK_FLOPS |= {"A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def best_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_flops(device):
+    """Operations per second of a GPU that is in PEAK_FLOPS, else None."""
+    return next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in device_name(device)), None)
+
+
+def fast_dtype(device):
+    """bfloat16 where the processor multiplies it faster (GPUs since Ampere, CPUs with AVX512_BF16
+    or AMX), else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def move_to_device(array, device):
+    """A tensor or numpy array on a device. It goes to a GPU through pinned memory, so that the
+    program does not wait: the copy is queued behind the work that the GPU already has."""
+    array, device = torch.as_tensor(array), torch.device(device)
+    if device.type == "cuda" and array.device.type == "cpu":
+        return array.pin_memory().to(device, non_blocking=True)
+    return array.to(device)
+
+
+def choose_dtype(precision, device):
+    """The type of activations that an option names: auto, bf16 or float32."""
+    named = {"auto": fast_dtype(device), "bf16": torch.bfloat16}
+    named["float32"] = torch.get_default_dtype()  # tests set it to float64
+    if precision not in named:
+        raise InputError(f"--precision={precision}: give auto, bf16 or float32")
+    return named[precision]

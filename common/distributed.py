@@ -1,0 +1,138 @@
+"""Several processes, as torchrun starts them: on one machine or many, NCCL on GPUs, else gloo.
+
+    torchrun --nproc-per-node=8 mlm.py --preset=paper --data=DIR             # one machine
+    torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
+        --nproc-per-node=8 mlm.py --preset=paper --data=DIR                  # on each of two
+
+Every process has all weights and computes the gradient of its share of one global loss. Gradients
+are added up once in a step (`sum_gradients`), and then all processes take the same optimizer step.
+
+This is DistributedDataParallel without its wrapper. The wrapper sends gradients while others are
+still being computed, which saves little here: a step of the paper's presets takes seconds, the sum
+of 0.5 GB over NVLink takes milliseconds. In return the model stays a plain module, GradCache and
+the MLM head may run backward in pieces and still send once, and the sum needs no factor (DDP takes
+the mean over processes).
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from common.device import best_device
+from common.options import InputError
+
+
+def start(batch_size):
+    """Joins the processes that torchrun started. Returns (rank, world size, device).
+
+    Raises InputError where the global batch does not divide among the processes."""
+    if "RANK" not in os.environ:
+        return 0, 1, best_device()
+    names = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if missing := [name for name in names if name not in os.environ]:
+        raise InputError(f"RANK is set and {missing[0]} is not: start with torchrun, or unset RANK")
+    world, local, local_world = (int(os.environ[name]) for name in names)
+    if batch_size % world:
+        raise InputError(f"--batch-size={batch_size} does not divide by {world} processes")
+    cuda = torch.cuda.is_available()
+    if cuda and local_world > torch.cuda.device_count():
+        raise InputError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # after a restart torchrun's store still has the addresses of the processes that died
+        store, rank, world = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        backend, device_id = ("nccl", device) if cuda else ("gloo", None)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, device_id=device_id
+        )
+    return dist.get_rank(), world, device
+
+
+def rank_and_world():
+    """The number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_once(*values):
+    """print, from one process only."""
+    if is_first():
+        print(*values, flush=True)
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_objects(value):
+    """The value of every process, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def call_everywhere(function):
+    """function() in every process. An InputError in one process is raised in all of them, so that
+    none waits for another that has left."""
+    result = error = None
+    try:
+        result = function()
+    except InputError as failure:
+        error = str(failure)
+    for rank, message in enumerate(gather_objects(error)):
+        if message:
+            raise InputError(f"process {rank}: {message}" if rank else message)
+    return result
+
+
+def sum_over_processes(value):
+    """The sum of a number or a tensor over all processes."""
+    if not dist.is_initialized():
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    if not isinstance(value, torch.Tensor):  # filled on the GPU: no copy, so nothing waits
+        value = torch.full((), value, device=device, dtype=torch.float64)
+    total = value.to(device, copy=True)
+    dist.all_reduce(total)
+    return total
+
+
+def sum_gradients(model):
+    """Adds up the gradients of all processes, in place.
+
+    Each process has backpropagated its share of one global loss, so the sum is what one process
+    with the whole batch would have computed. (The released code multiplies the loss by the number
+    of processes, since DDP takes the mean. Its first version is exact; in its later one gradients
+    are that many times too large, which Adam hides and clipping does not.)"""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in model.parameters()]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message, not a hundred
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, total in zip(gradients, parts, strict=True):
+        gradient.copy_(total.view_as(gradient))
+
+
+def compute_in_shares(rows_of, shape, dtype, chunk=4096):
+    """A tensor of this shape (n, width), of which each process computes some chunks of rows.
+
+    rows_of(range of b row numbers) -> (b, width). The chunks, and so the numbers in them, are the
+    same for any number of processes. The rows of other processes are zero until all are summed."""
+    rank, world = rank_and_world()
+    out = torch.zeros(shape, dtype=dtype)
+    for start in range(rank * chunk, shape[0], world * chunk):
+        rows = range(start, min(start + chunk, shape[0]))
+        out[start : rows.stop] = torch.as_tensor(rows_of(rows))
+    return sum_over_processes(out).cpu()

@@ -1,0 +1,92 @@
+"""Files: read with an error that names them, written whole or not at all."""
+
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from common.options import InputError
+
+
+def write_whole(path, write):
+    """Replaces a file as a whole: write(temporary path), then rename. A kill at any moment leaves
+    the old file or the new one. Raises InputError where it cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except Exception as error:  # torch, safetensors and tokenizers each raise errors of their own
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {path}: {reason}; the file before is untouched") from None
+
+
+def write_text(path, text):
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1))
+
+
+def read_json(path):
+    """The object in a JSON file. Raises InputError for a missing file, or one without an object."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a {type(values).__name__}, not an object")
+    return values
+
+
+def read_lines(path):
+    """(number, line) for each line of a text file, plain or gzipped; FILE.gz stands for FILE.
+
+    Raises InputError for a file that is missing, damaged or not UTF-8."""
+    path, number = Path(path), 0
+    if not path.is_file() and path.with_name(path.name + ".gz").is_file():
+        path = path.with_name(path.name + ".gz")
+    try:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig") as file:  # -sig drops a byte order mark
+            for number, line in enumerate(file, start=1):
+                yield number, line.rstrip("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        where = f" after line {number}" if number else ""
+        raise InputError(f"{path} cannot be read{where}: {reason}") from None
+
+
+def fingerprint(content):
+    """16 hexadecimal digits of the SHA-256 of a tokenizer, or of a file given by its path.
+
+    Token ids fit a model if and only if both were made with the same tokenizer."""
+    is_tokenizer = isinstance(content, Tokenizer)
+    data = content.to_str().encode() if is_tokenizer else Path(content).read_bytes()
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def load_tokenizer(folder):
+    """The tokenizer.json of a data folder or a checkpoint directory, or that file itself. It
+    neither truncates nor pads. Raises InputError where there is none."""
+    path = Path(folder) if Path(folder).suffix == ".json" else Path(folder, "tokenizer.json")
+    if not path.is_file():
+        raise InputError(
+            f"{path} is missing: {folder} is neither a data folder nor a checkpoint directory"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"{path} is not a tokenizer: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -1,0 +1,125 @@
+"""Pictures of what runs and evaluations left behind: `python evaluate.py plot`."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+from common.files import read_json, read_lines
+
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt  # noqa: E402
+
+BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0"
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1,
+}
+TITLES = {
+    "mlm": "1. masked language modelling",
+    "contrastive": "2. contrastive pretraining",
+    "finetune": "3. finetuning with hard negatives",
+}
+
+
+def plot_all(out):
+    """Draws everything that the folder `out` has results for. Returns the paths of the pictures."""
+    out, made = Path(out), []
+    results = read_json(out / "results.json") if (out / "results.json").is_file() else {}
+    logs = {
+        stage: [json.loads(line) for _, line in read_lines(out / stage / "log.jsonl")]
+        for stage in TITLES
+        if (out / stage / "log.jsonl").is_file()
+    }
+    pictures = (
+        ("curves", draw_curves, logs),
+        ("ladder", draw_ladder, results.get("ladder")),
+        ("length", draw_length, results.get("long")),
+    )
+    with plt.rc_context(STYLE):
+        for name, draw, content in pictures:
+            if content:
+                figure = draw(content)
+                figure.tight_layout()
+                figure.savefig(out / f"{name}.png", dpi=130)
+                plt.close(figure)
+                made.append(out / f"{name}.png")
+    return made
+
+
+def draw_curves(logs):
+    """Training loss and held-out score of each stage. The loss of a batch depends much on the
+    source that it is from, so each source has a line of its own."""
+    figure, axes = plt.subplots(1, len(logs), figsize=(3.8 * len(logs), 3), squeeze=False)
+    for axis, (stage, log) in zip(axes[0], logs.items(), strict=True):
+        losses = [record for record in log if "loss" in record]
+        sources = list(dict.fromkeys(record.get("source") for record in losses))
+        for source in sources:
+            own = [r for r in losses if r.get("source") == source]
+            color = BLUE if len(sources) == 1 else None
+            axis.plot([r["step"] for r in own], [r["loss"] for r in own], color=color, label=source)
+        if len(sources) > 1:
+            axis.legend(fontsize=6, loc="upper right", title="source of the batch")
+        axis.set(title=TITLES[stage], xlabel="training step", ylim=(0, None))
+        axis.set_ylabel("training loss", color=BLUE)
+        metric = "dev_accuracy" if stage == "mlm" else "dev_ndcg"
+        if not (scored := [r for r in log if metric in r]):
+            continue
+        right = axis.twinx()
+        scores = [r[metric] for r in scored]
+        right.plot([r["step"] for r in scored], scores, "o-", color=ORANGE, ms=4)
+        name = "masked tokens predicted" if stage == "mlm" else "nDCG@10"
+        right.set_ylabel(f"{name}, held-out text", color=ORANGE)
+        right.set_ylim(0, 1.6 * max(scores))
+        right.grid(False)
+    return figure
+
+
+def draw_ladder(rows):
+    """nDCG@10 of each row on each task, with standard errors."""
+    tasks = list(next(iter(rows.values())))
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(4.5 * len(tasks), 2.6), sharey=True, squeeze=False
+    )
+    names = list(rows)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        scores = [rows[name][task]["nDCG@10"] for name in names]
+        means = [score["mean"] for score in scores]
+        colors = [GREY if name.startswith("BM25") else BLUE for name in names]
+        axis.barh(names, means, xerr=[score["error"] for score in scores], color=colors)
+        for place, mean in enumerate(means):
+            axis.text(mean + 0.02, place, f"{mean:.2f}", va="center")
+        query, document = task.split("-")[0], task.split("-")[-1]
+        axis.set(title=f"find the {document} of a {query}", xlim=(0, max(means) * 1.2))
+        axis.set_xlabel("nDCG@10, modules that training never saw")
+        axis.grid(axis="y", visible=False)
+    axes[0][0].invert_yaxis()
+    return figure
+
+
+def draw_length(results):
+    """Masked accuracy and retrieval by length, a line for each scaling of RoPE."""
+    trained, table = results["trained length"], results["table"]
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2))
+    for axis, metric, title in (
+        (axes[0], "accuracy", "masked tokens predicted, held-out text"),
+        (axes[1], "nDCG@10", "nDCG@10, long documents truncated to the length"),
+    ):
+        for (name, row), color in zip(table.items(), (GREY, GREEN, ORANGE, BLUE), strict=True):
+            lengths = [int(length) for length in row]
+            mean, error = ([row[n][metric][k] for n in row] for k in ("mean", "error"))
+            style = {"color": color, "label": name, "marker": "o", "ms": 3, "capsize": 2}
+            axis.errorbar(lengths, mean, error, **style)
+        axis.axvline(trained, color="black", lw=0.8, ls=":")
+        place = (trained, 0.02)
+        axis.annotate(" trained length", place, xycoords=("data", "axes fraction"), fontsize=8)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.set(title=title, xlabel="length of a text, in tokens", ylim=(0, None))
+    axes[0].legend()
+    return figure
