@@ -1,7 +1,8 @@
-"""Python source files -> documented things, read with `ast`. Nothing is imported or run.
+"""Reads the docstrings, code and comments of installed Python packages.
 
-from data.docstrings import read_packages
-entries, snippets = read_packages(["stdlib", "torch"])
+    entries, snippets = read_packages(["stdlib", "torch"])
+
+Source files are parsed with `ast`; nothing is imported or run.
 """
 
 import ast
@@ -17,20 +18,14 @@ from dataclasses import dataclass
 from multiprocessing import Pool
 from pathlib import Path
 
-SKIPPED_FOLDERS = {
-    "test",
-    "tests",
-    "testing",
-    "idle_test",
-    "_vendor",
-    "site-packages",
-    "dist-packages",
-}
+SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test"}
+SKIPPED_FOLDERS |= {"_vendor", "site-packages", "dist-packages"}
+FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
 
 
 @dataclass
 class Entry:
-    """One documented thing: a module, a class, a function, or a topic of the language reference."""
+    """A docstring: of a module, class or function; or a topic of the language reference."""
 
     package: str
     module: str
@@ -56,11 +51,11 @@ def read_packages(packages):
     jobs = [job for package in packages for job in source_files(package)]
     modules = {module for _, _, module in jobs}
     entries, snippets = [], []
-    with Pool(initializer=gc.disable) as pool:  # syntax trees are large, and have no cycles
+    with Pool(initializer=gc.disable) as pool:  # collecting garbage in syntax trees is slow
         for found_entries, found_snippets in pool.map(read_file, jobs, chunksize=16):
             entries += found_entries
             snippets += found_snippets
-    for entry in entries:  # attached docstrings: the longest part of the name that is a module
+    for entry in entries:  # an attached docstring belongs to the module that its name begins with
         while entry.module not in modules and "." in entry.module:
             entry.module = entry.module.rpartition(".")[0]
     return entries, snippets
@@ -82,7 +77,7 @@ def package_root(package):
 
 
 def requirements_of(distribution):
-    """The packages that a distribution needs, and those that they need, without extras."""
+    """The installed packages that a distribution needs, directly or indirectly, without extras."""
     found, queue = set(), [distribution]
     while queue:
         try:
@@ -98,7 +93,7 @@ def requirements_of(distribution):
 
 
 def source_files(package):
-    """(package, path, name of the module) of each source file, tests left out."""
+    """(package, path, module name) of each source file, without tests."""
     root = package_root(package)
     if root.is_file():
         return [(package, root, root.stem)]
@@ -112,11 +107,11 @@ def source_files(package):
 
 
 # ------------------------------------------------------------------------------------------------
-# Reading one
+# Reading a source file
 
 
 def read_file(job):
-    """The entries and snippets of one source file, in their order."""
+    """The entries and snippets of one source file."""
     package, path, module = job
     try:
         source = path.read_text("utf-8")
@@ -124,35 +119,36 @@ def read_file(job):
     except (SyntaxError, UnicodeDecodeError, ValueError):
         return [], []  # a template, or written for another Python
     lines, entries, snippets = source.splitlines(), [], []
-    functions = ast.FunctionDef, ast.AsyncFunctionDef
 
     def visit(node, name):
-        """From the module down to functions within functions."""
+        """Visits a module and all definitions in it, however deep."""
         docstring = None
-        if isinstance(node, (ast.Module, ast.ClassDef, *functions)):
+        if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS)):
             docstring = ast.get_docstring(node)
-        code = function_code(node, lines, docstring) if isinstance(node, functions) else ""
+        code = function_code(node, lines, docstring) if isinstance(node, FUNCTIONS) else ""
         if docstring:
             entries.append(Entry(package, module, name, plain_text(docstring), code))
         elif code:
             snippets.append(Snippet(package, module, "name", name, code))
         for block in ("body", "orelse", "handlers", "finalbody"):  # also of `if`, `try`, `with`
             for child in getattr(node, block, ()):
-                defines = isinstance(child, (ast.ClassDef, *functions))
+                defines = isinstance(child, (ast.ClassDef, *FUNCTIONS))
                 visit(child, f"{name}.{child.name}" if defines else name)
 
     visit(tree, module)
     if "add_docstr" in source or "add_newdoc" in source:
         entries += attached_docstrings(tree, package)
-    if module == "pydoc_data.topics":
-        entries += language_topics(tree, package)
+    if module == "pydoc_data.topics":  # one dictionary: topic -> section of the language reference
+        topics = next(node for node in ast.walk(tree) if isinstance(node, ast.Dict))
+        for key, text in ast.literal_eval(topics).items():
+            entries.append(Entry(package, f"topics.{key}", f"topics.{key}", plain_text(text)))
     for comment, code in commented_code(lines):
         snippets.append(Snippet(package, module, "comment", comment, code))
     return entries, snippets
 
 
 def function_code(node, lines, docstring):
-    """The source of a function without its docstring; "" if nothing is left."""
+    """The source of a function without its docstring; "" if nothing else is in it."""
     kept = lines[node.lineno - 1 : node.end_lineno]
     if docstring:
         first = node.body[0]
@@ -160,17 +156,10 @@ def function_code(node, lines, docstring):
     return inspect.cleandoc("\n" + "\n".join(kept)) if len(node.body) > bool(docstring) else ""
 
 
-def language_topics(tree, package):
-    """pydoc_data/topics.py is one dictionary: topic -> section of the language reference."""
-    topics = next(node for node in ast.walk(tree) if isinstance(node, ast.Dict))
-    for key, value in ast.literal_eval(topics).items():
-        yield Entry(package, f"topics.{key}", f"topics.{key}", plain_text(value))
-
-
 def attached_docstrings(tree, package):
-    """Docstrings of compiled things, which Python code attaches from outside:
-    torch's `add_docstr(torch.abs, "...")`, numpy's `add_newdoc("numpy", "flatiter", "...")`."""
-    shared = defaultdict(str)  # the texts that torch fills in by `.format(**common_args)`
+    """Docstrings that Python code attaches to compiled functions: torch's
+    `add_docstr(torch.abs, "...")`, numpy's `add_newdoc("numpy", "flatiter", "...")`."""
+    shared = defaultdict(str)  # the texts that torch inserts with `.format(**common_args)`
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "parse_kwargs":
             for text in re.split(r"\n {4}(?! )", node.args[0].value):
@@ -194,7 +183,7 @@ def attached_docstrings(tree, package):
 
 
 def string_value(node, shared):
-    """A string expression as text: constants, sums, and `.format(...)`; "" for anything else."""
+    """The value of a string expression: constants, sums and `.format(...)`; "" for others."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.BinOp):
@@ -210,7 +199,7 @@ def string_value(node, shared):
 
 
 def plain_text(docstring):
-    """A docstring without markup, and without the signatures that compiled functions begin with."""
+    """A docstring without roles and backticks, and without the signatures at its beginning."""
     text = re.sub(r"\A[\w.]+\((?s:.*?)\)\n--\n+", "", docstring)
     text = re.sub(r":[\w:]+:`~?([^`]+)`", r"\1", text).replace("`", "")
     while match := re.match(r"[\w.]+\([^\n]*(\n +[^\n]*)*\)( ->[^\n]*)?\n\n+", text):
@@ -219,7 +208,7 @@ def plain_text(docstring):
 
 
 def commented_code(lines):
-    """(comment, code below it) for each comment that stands on lines of its own."""
+    """(comment, code below it) for each comment that has lines of its own."""
     indents = [len(line) - len(line.lstrip()) if line.strip() else -1 for line in lines]
     end = 0
     for start, line in enumerate(lines):
@@ -234,7 +223,6 @@ def commented_code(lines):
             if lines[end].lstrip().startswith("#"):
                 break
             end += 1
-        if comment[:1].isupper() and not re.search(
-            r"copyright|licen[cs]e|noqa|pyre|mypy", comment, re.I
-        ):
+        legal = re.search(r"copyright|licen[cs]e|noqa|pyre|mypy", comment, re.I)
+        if comment[:1].isupper() and not legal:
             yield comment, "\n".join(line[indents[start] :] for line in lines[first:end])

@@ -1,25 +1,25 @@
 """The embedded data set: the documentation of the Python that runs this file.
 
-Every machine that can train nanoEmbed holds some 20 MB of documentation about itself: the
-docstrings of the standard library, of torch, numpy, tokenizers, tqdm and of what torch needs.
-Nothing is downloaded, and nothing is imported: source files are read (data/docstrings.py).
+Every machine that can train nanoEmbed holds some 20 MB of documentation: the docstrings of the
+standard library, of torch, numpy, tokenizers, tqdm and of what torch needs. Nothing is downloaded,
+and nothing is imported: data/docstrings.py reads the source files.
 
-One docstring gives several kinds of pairs, as one web page did for the paper (sec. 4.2):
+One docstring gives several kinds of pairs, as one web page did in the paper (sec. 4.2):
 
     stage 1, text          every docstring, and the topics of the language reference
     stage 2, weak pairs    name -> docstring, summary -> code, heading -> section,
-                           first half -> second half, comment -> the code below it, name ->
-                           code of functions without a docstring
+                           first half -> second half, comment -> the code below it,
+                           name -> code of functions without a docstring
     stage 3, supervised    summary line -> body
     held out               whole modules of the core packages, chosen by a hash of their names:
                            dev to tune on, test to report; near duplicates are removed first
 
-    python data/pydocs.py                      # writes out/pydocs; again: says that it is there
+    python data/pydocs.py                      # writes out/pydocs, unless it is there
     python data/pydocs.py --show=20            # prints sampled pairs, for a person to judge
     python data/pydocs.py --packages=pip,rich  # adds installed packages
 """
 
-import json
+import itertools
 import platform
 import re
 import sys
@@ -30,25 +30,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.contamination import HeldOut, contamination
+from common.files import read_json
+from common.options import InputError, cli, read_options
 from data.docstrings import package_root, read_packages, requirements_of
 from data.prepare import (
+    LONG,
+    LONGEST,
+    SEARCH,
     NearDuplicates,
+    data_folder,
     show_pairs,
     split_of,
     train_tokenizer,
-    whole_or_nothing,
+    word_hashes,
     words,
-    write_documents,
-    write_jsonl,
-    write_pairs,
-    write_retrieval,
+    write_folder,
 )
-from options import InputError, read_options, run
 
-# source -> the prefixes of its queries and documents, given as the paper gives them (sec. 4.2.2)
-SEARCH = ("search_query: ", "search_document: ")
-PREFIXES = {
+DEFAULT = "out/pydocs"
+PREFIXES = {  # source -> prefixes of its queries and documents, chosen as in the paper (sec. 4.2.2)
     "name-docstring": SEARCH,
     "summary-code": SEARCH,
     "comment-code": SEARCH,
@@ -59,17 +59,15 @@ PREFIXES = {
 }
 SUPERVISED = "summary-body"
 EVALUATED = ("summary-body", "summary-code")  # these are retrieval tasks too
-LONGEST = 1200  # characters of a query or document that are kept for training, some 300 tokens
-LONG = 900  # words: well beyond 8 times the 128 tokens that the laptop preset trains with
 
 
 @dataclass
 class Options:
-    out: str = "out/pydocs"  # the data folder to write
-    packages: str = ""  # installed packages to add, with commas between them: text to train on
+    out: str = DEFAULT  # the data folder to write
+    packages: str = ""  # installed packages to add to the training text, separated by commas
     core: str = "stdlib,torch,numpy,tokenizers,tqdm"  # packages with held-out modules
-    vocab_size: int = 8192  # of the WordPiece tokenizer that is trained on the training text
-    show: int = 0  # prints so many pairs, drawn at random from all sources
+    vocab_size: int = 8192  # of the WordPiece tokenizer that is trained [300, 1000000]
+    show: int = 0  # how many pairs to print, drawn at random from all sources [0, 1000]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -77,14 +75,14 @@ class Options:
 
 
 def summary_and_body(docstring):
-    """The first sentence, and all that follows it."""
+    """The first sentence, and the text after it."""
     first, _, rest = docstring.partition("\n\n")
     summary, *more = re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(first.split()), maxsplit=1)
     return summary, "\n\n".join([*more, rest.strip("\n")]).strip("\n")
 
 
 def sections(docstring):
-    """(heading, text) of its sections: underlined headings, and Google's `Args:`."""
+    """(heading, text) of the sections: underlined headings, and Google's `Args:`."""
     heading = r"^(\S[^\n]{2,60})\n[-=*~]{3,}\n|^([A-Z][\w ]{2,30}):{1,2}\n(?=\s+\S)"
     found = list(re.finditer(heading, docstring, re.M))
     for i, match in enumerate(found):
@@ -93,11 +91,11 @@ def sections(docstring):
 
 
 def halves(docstring):
-    """A text cut in two at the paragraph's end, or else line's, that is nearest to its middle."""
+    """A text split at the end of the paragraph (or else line) that is nearest to its middle."""
     ends = [match.end() for match in re.finditer(r"\n\n+", docstring)]
     ends = ends or [match.end() for match in re.finditer(r"\n", docstring)] or [len(docstring)]
-    cut = min(ends, key=lambda end: abs(end - len(docstring) / 2))
-    return docstring[:cut].strip("\n"), docstring[cut:].strip("\n")
+    middle = min(ends, key=lambda end: abs(end - len(docstring) / 2))
+    return docstring[:middle].strip("\n"), docstring[middle:].strip("\n")
 
 
 def spoken(name):
@@ -117,7 +115,7 @@ def pairs_of(entry):
 
 
 def acceptable(query, document):
-    """Pairs that say something: 3 words or more, 10 or more, and no mere reference elsewhere."""
+    """Whether a pair says something: at least 3 and 10 words, and no mere reference elsewhere."""
     reference = query.startswith(("See ", "Alias for ", "In-place version "))
     return len(words(query)) >= 3 and len(words(document[:200])) >= 10 and not reference
 
@@ -127,26 +125,72 @@ def acceptable(query, document):
 
 
 def family(module):
-    """What is held out together: a module and its private parts, numpy._core.x with numpy.core.x.
-
-    Docstrings that are attached from outside count to the module of what they document."""
+    """What is held out together: a module and its private parts, such as numpy._core.x and
+    numpy.core.x."""
     return ".".join(part.lstrip("_") for part in module.split("."))
 
 
 def without_near_duplicates(entries, packages):
-    """Of texts that are nearly the same, the one with the most public name in the first package."""
+    """Of nearly equal texts, the one with the most public name in the first package."""
 
     def rank(entry):
         private_parts = sum(part.startswith("_") for part in entry.name.split("."))
         return packages.index(entry.package), private_parts
 
-    seen = NearDuplicates()
-    ranked = sorted(entries, key=rank)
-    return [e for e in ranked if len(words(e.docstring)) >= 3 and seen.add(e.docstring)]
+    ranked = sorted((e for e in entries if len(words(e.docstring)) >= 3), key=rank)
+    new = NearDuplicates().add(*word_hashes([entry.docstring for entry in ranked]))
+    return list(itertools.compress(ranked, new))
+
+
+def assemble(entries, snippets, core):
+    """Everything that is written, as text, from entries without near duplicates."""
+
+    def split(thing):
+        return split_of(family(thing.module)) if thing.package in core else "train"
+
+    documents = {"train": [], "dev": [], "test": []}  # (name, text), for stage 1 and search
+    found = {source: [] for source in PREFIXES}  # (entry, split, query, document)
+    for entry in entries:
+        documents[split(entry)].append((entry.name, f"{entry.name}\n\n{entry.docstring}"))
+        for source, query, document in pairs_of(entry):
+            if acceptable(query, document):
+                found[source].append((entry, split(entry), query, document))
+    for source in EVALUATED:  # of two nearly equal documents, both could be the answer
+        new = NearDuplicates().add(*word_hashes([row[-1] for row in found[source]]))
+        found[source] = list(itertools.compress(found[source], new))
+    pairs = {}
+    for source, rows in found.items():
+        name = f"stage{3 if source == SUPERVISED else 2}/{source}"
+        pairs[name] = [(q[:LONGEST], d[:LONGEST]) for _, where, q, d in rows if where == "train"]
+
+    held_out_code = NearDuplicates()
+    held_out = [row[-1] for row in found["summary-code"] if row[1] != "train"]
+    held_out_code.add(*word_hashes(held_out))
+    for kind in ("comment", "name"):
+        rows = [
+            (s.text, s.code[:LONGEST]) for s in snippets if s.kind == kind and split(s) == "train"
+        ]
+        rows = [(spoken(text) if kind == "name" else text, code) for text, code in rows]
+        rows = [row for row in rows if acceptable(*row)]
+        hashes = word_hashes([code for _, code in rows])
+        new = NearDuplicates().add(*hashes) & (held_out_code.find(*hashes) == 0)
+        pairs[f"stage2/{kind}-code"] = list(itertools.compress(rows, new))
+
+    tasks = {}  # source -> (all documents of core modules, queries of held-out ones)
+    asked = Counter(summary_and_body(entry.docstring)[0].lower() for entry in entries)
+    for source in EVALUATED:
+        corpus, queries = {}, {"dev": [], "test": []}
+        for entry, where, query, document in found[source]:
+            if entry.package in core and entry.name not in corpus:
+                corpus[entry.name] = document
+                if where != "train" and asked[query.lower()] == 1:
+                    queries[where].append((query, [entry.name]))
+        tasks[source] = corpus, queries
+    return documents, pairs, tasks
 
 
 def pages(entries):
-    """Module -> its documentation in one piece, as `help(module)` shows it; the long ones only."""
+    """Module -> its documentation in one piece, like `help(module)`; the long ones only."""
     texts = {}
     for entry in entries:
         texts.setdefault(entry.module, []).append(f"{entry.name}\n\n{entry.docstring}")
@@ -154,51 +198,11 @@ def pages(entries):
     return {module: page for module, page in joined.items() if len(words(page)) >= LONG}
 
 
-def assemble(entries, snippets, core):
-    """Everything that goes to disk, as text, from entries without near duplicates."""
-
-    def split(thing):
-        return split_of(family(thing.module)) if thing.package in core else "train"
-
-    documents = {"train": [], "dev": [], "test": []}  # stage 1, and what search finds
-    pairs = {source: [] for source in PREFIXES}  # of training modules: (query, document)
-    corpus = {task: {} for task in EVALUATED}  # of all modules of the core: name -> document
-    queries = {task: {"dev": [], "test": []} for task in EVALUATED}  # (query, name)
-    seen = {source: NearDuplicates() for source in PREFIXES}
-    asked = Counter(summary_and_body(entry.docstring)[0].lower() for entry in entries)
-    held_out_code = NearDuplicates()
-
-    for entry in entries:
-        where = split(entry)
-        documents[where].append((entry.name, f"{entry.name}\n\n{entry.docstring}"))
-        for source, query, document in pairs_of(entry):
-            if not acceptable(query, document):
-                continue
-            if source in EVALUATED and not seen[source].add(document):
-                continue  # two documents alike could both be the answer
-            if where == "train":
-                pairs[source].append((query[:LONGEST], document[:LONGEST]))
-            elif source == "summary-code":
-                held_out_code.add(document)
-            if source in EVALUATED and entry.package in core and entry.name not in corpus[source]:
-                corpus[source][entry.name] = document
-                if where != "train" and asked[query.lower()] == 1:
-                    queries[source][where].append((query, entry.name))
-
-    for snippet in snippets:
-        source, code = f"{snippet.kind}-code", snippet.code[:LONGEST]
-        query = spoken(snippet.text) if snippet.kind == "name" else snippet.text
-        if split(snippet) == "train" and acceptable(query, code):
-            if seen[source].add(code) and not held_out_code.like(code):
-                pairs[source].append((query, code))
-    return documents, pairs, corpus, queries
-
-
 def long_documents(entries, core, others=100, questions=4):
-    """Held-out pages, with queries that each ask for one thing on a page: a needle in it.
+    """Held-out pages, with queries that each ask for one thing on a page.
 
-    -> (pages of held-out modules, pool: name -> page, queries: (query, name)). The summaries that
-    became queries are taken out of the page, which has to be found by the rest."""
+    Returns (pages of held-out modules, pool: name -> page, queries: (query, [name])). The summaries
+    that became queries are removed from the page."""
     groups = {"held out": [], "train": []}
     for entry in entries:
         if entry.package in core:
@@ -210,7 +214,7 @@ def long_documents(entries, core, others=100, questions=4):
         chosen = listed[1 :: max(1, len(listed) // questions)][:questions]
         for summary, body in (summary_and_body(entry.docstring) for entry in chosen):
             if acceptable(summary, body):
-                queries.append((summary, module))
+                queries.append((summary, [module]))
                 page = page.replace(summary, "", 1)
         pool[module] = page
     pool.update(list(pages(groups["train"]).items())[:others])
@@ -221,10 +225,9 @@ def long_documents(entries, core, others=100, questions=4):
 
 
 def prepare(options):
-    """Writes the data folder, unless it is there already for the same packages and versions."""
+    """Writes the data folder, unless it is there for the same packages and versions."""
     began, out = time.time(), Path(options.out)
-    added = [name for name in options.packages.split(",") if name]
-    core = options.core.split(",")
+    core, added = ([p for p in names.split(",") if p] for names in (options.core, options.packages))
     needed = requirements_of("torch") if "torch" in core else []
     packages = list(dict.fromkeys([*core, *needed, *added]))
     for package in (*core, *added):
@@ -234,56 +237,35 @@ def prepare(options):
             )
     inputs = {"script": "data/pydocs.py", "vocab_size": options.vocab_size, "core": core}
     inputs["versions"] = {package: version_of(package) for package in packages}
-
-    meta_path = out / "meta.json"
-    if meta_path.is_file() and json.loads(meta_path.read_text()).get("inputs") == inputs:
+    if (out / "meta.json").is_file() and read_json(out / "meta.json").get("inputs") == inputs:
         print(f"{out} is there, made from the same packages: nothing to do")
     else:
-        if out.exists() and not meta_path.is_file():
-            raise InputError(f"{out} holds something else than data: --out= chooses another folder")
-        entries, snippets = read_packages(packages)
-        entries = without_near_duplicates(entries, packages)
-        documents, pairs, corpus, queries = assemble(entries, snippets, core)
-        held_out_pages, pool, questions = long_documents(entries, core)
-        with whole_or_nothing(out) as folder:
+        with data_folder(out) as folder:
+            entries, snippets = read_packages(packages)
+            entries = without_near_duplicates(entries, packages)
+            documents, pairs, tasks = assemble(entries, snippets, core)
             training_text = [text for _, text in documents["train"]]
-            training_text += [code for _, code in pairs["summary-code"]]
+            training_text += [code for _, code in pairs["stage2/summary-code"]]
             tokenizer = train_tokenizer(training_text, options.vocab_size)
-            tokenizer.save(str(folder / "tokenizer.json"))
-            for task in EVALUATED:
-                where = folder / "retrieval" / task
-                write_retrieval(where, corpus[task], queries[task], PREFIXES[task])
-            held_out = HeldOut.of_tasks((folder / "retrieval").iterdir(), tokenizer)
-            rows, removed = write_all(folder, documents, held_out_pages, pairs, tokenizer, held_out)
-            write_retrieval(folder / "long" / "pages", pool, {"test": questions}, SEARCH)
-            everything = [
-                {"_id": name, "text": text} for rows in documents.values() for name, text in rows
-            ]
-            write_jsonl(folder / "search" / "corpus.jsonl", everything)
-            leaks = contamination(held_out, removed)
-            meta = {"inputs": inputs, "rows": rows, "contamination": leaks}
-            (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-        describe(documents, pairs, corpus, queries)
-        print(f"  {leaks['removed']:,} training rows that repeat held-out text were left out")
+            long, meta = long_documents(entries, core), {"inputs": inputs}
+            write_folder(folder, tokenizer, PREFIXES, documents, pairs, tasks, long, meta)
         print(f"wrote {out} in {time.time() - began:.0f} s")
     if options.show:
         show_pairs(out, options.show)
     return out
 
 
-def write_all(folder, documents, pages, pairs, tokenizer, held_out):
-    """All columns of tokens. -> source -> rows; and of training text, what was left out and why."""
-    written, removed = {}, {}
-    for split, rows in [*documents.items(), ("long", [(None, page) for page in pages])]:
-        name, texts = f"stage1/{split}", [text for _, text in rows]
-        checked = held_out if split == "train" else None
-        _, removed[name] = write_documents(folder / name, texts, tokenizer, checked)
-    for source, rows in ((source, rows) for source, rows in pairs.items() if rows):
-        name = f"{'stage3' if source == SUPERVISED else 'stage2'}/{source}"
-        prefixes = PREFIXES[source]
-        meta, removed[name] = write_pairs(folder / name, rows, prefixes, tokenizer, held_out)
-        written[source] = meta["rows"]
-    return written, removed
+def make_if_missing(folder):
+    """Prepares the default data where it is missing. Raises InputError for any other folder that is
+    no data folder."""
+    if not Path(folder, "meta.json").is_file():
+        if str(folder) != DEFAULT:
+            raise InputError(
+                f"{folder} is not a data folder: python data/pydocs.py --out={folder} makes one of "
+                "the embedded data, data/folder.py or data/pairs.py of your own"
+            )
+        print(f"{folder} is missing: preparing it, as python data/pydocs.py does", flush=True)
+        prepare(Options())
 
 
 def version_of(package):
@@ -293,20 +275,10 @@ def version_of(package):
         return "unknown"
 
 
-def describe(documents, pairs, corpus, queries):
-    for split, rows in documents.items():
-        print(f"  stage 1, {split:16} {len(rows):7,} documents")
-    for source, rows in pairs.items():
-        print(f"  stage {3 if source == SUPERVISED else 2}, {source:16} {len(rows):7,} pairs")
-    for task in EVALUATED:
-        asked = ", ".join(f"{len(rows)} {split} queries" for split, rows in queries[task].items())
-        print(f"  evaluation, {task:13} {len(corpus[task]):7,} documents, {asked}")
-
-
 def main(arguments):
     options, _ = read_options(Options, arguments)
     prepare(options)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

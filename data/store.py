@@ -1,84 +1,58 @@
-"""Token ids on disk, and the batches that all three stages draw from them.
+"""Token ids on disk, and the batches that all three stages read from them.
 
-A column of texts is two flat files, so that opening it costs the same at a thousand texts and at
+A column of texts is two flat files, so that opening it costs the same for a thousand texts and for
 235 million:
 
     query.tokens.bin     uint16 or uint32   the ids of all texts in a row, each as [CLS] ... [SEP]
     query.offsets.bin    int64 (n + 1,)     text i is tokens[offsets[i] : offsets[i + 1]]
 
-A row may have negatives of its own, any number of them. They are a third column, and a file that
-says whose they are; a source without has neither file:
+A row may have negatives of its own, any number of them: a third column, and a file that says which
+of its texts belong to which row.
 
     negative.tokens.bin, negative.offsets.bin   as above, the negatives of all rows in a row
-    negative.rows.bin    int64 (rows + 1,)      those of row i are texts rows[i] ... rows[i + 1] - 1
+    negative.rows.bin    int64 (rows + 1,)      row i has the texts rows[i] ... rows[i + 1] - 1
 
-A source is a folder of columns with a meta.json, which is written last. A data folder is sources of
-one tokenizer:
+A source is a folder of columns with a meta.json, which is written last. A data folder holds sources
+of one tokenizer:
 
-    tokenizer.json   meta.json        what it was made from; written last
+    tokenizer.json   meta.json        how the folder was made; written last
     stage1/SPLIT/                     one column, document; SPLIT is train, dev, test or long
-    stage2/NAME/   stage3/NAME/       columns query and document, maybe negative; pairs.jsonl has
-                                      them as text
-    retrieval/NAME/                   evaluation, in the BEIR layout: corpus.jsonl, queries.jsonl,
-                                      qrels/SPLIT.tsv; and meta.json with the task prefixes
+    stage2/NAME/   stage3/NAME/       columns query, document, maybe negative; pairs.jsonl has the
+                                      same rows as text
+    retrieval/NAME/                   evaluation tasks in the BEIR layout (data/tasks.py)
+    search/corpus.jsonl               what `evaluate.py search` searches
 
 Which rows make batch number t is a pure function of (seed, t). It depends neither on the number of
-processes nor on micro-batches, evaluation or restarts; so a resumed run needs no saved reader, and
-two runs with one seed are equal. What writes all this is data/write.py.
+processes nor on micro-batches, evaluation or restarts. So a resumed run needs no saved reader, and
+two runs with one seed are equal. data/prepare.py writes these files.
 """
 
-import hashlib
-import json
+import functools
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
-from options import InputError
-
-# ------------------------------------------------------------------------------------------------
-# The tokenizer
-
-
-def load_tokenizer(folder):
-    """The tokenizer.json of a data folder or a checkpoint directory, or that file itself. It
-    neither cuts nor pads."""
-    path = Path(folder) / "tokenizer.json" if Path(folder).suffix != ".json" else Path(folder)
-    if not path.is_file():
-        raise InputError(
-            f"{path} is missing: {folder} is no data folder and no checkpoint directory"
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise InputError(f"{path} is not a tokenizer: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def fingerprint(content):
-    """16 hexadecimal digits of the SHA-256 of a tokenizer, or of a file given by its path.
-
-    Token ids fit a model if and only if both were made with the same tokenizer."""
-    is_tokenizer = isinstance(content, Tokenizer)
-    content = content.to_str().encode() if is_tokenizer else Path(content).read_bytes()
-    return hashlib.sha256(content).hexdigest()[:16]
-
+from common.device import move_to_device
+from common.files import fingerprint, read_json
+from common.options import InputError
 
 # ------------------------------------------------------------------------------------------------
 # Texts on disk
 
 
 class Column:
-    """`column[i]` is the ids of text i, `column.tokens` all of them in one flat array."""
+    """column[i] is the ids of text i, column.tokens all ids in one flat array."""
 
-    def __init__(self, folder, name, dtype):
-        path = folder / f"{name}.tokens.bin"
-        empty = path.stat().st_size == 0  # nothing can be mapped then
-        self.tokens = np.empty(0, dtype) if empty else np.memmap(path, dtype=dtype, mode="r")
-        self.offsets = np.memmap(folder / f"{name}.offsets.bin", dtype=np.int64, mode="r")
+    def __init__(self, folder, name, dtype, tokens):
+        """tokens: how many there should be. Raises InputError where the files do not fit that."""
+        self.offsets = map_file(folder / f"{name}.offsets.bin", np.int64)
+        self.tokens = map_file(folder / f"{name}.tokens.bin", dtype)
+        if not len(self.tokens) == tokens == (self.offsets[-1] if len(self.offsets) else -1):
+            raise InputError(
+                f"{folder}/{name}.tokens.bin has {len(self.tokens):,} tokens, meta.json says "
+                f"{tokens:,}: the files are damaged or of two data sets; prepare them again"
+            )
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -87,27 +61,34 @@ class Column:
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
 
+def map_file(path, dtype):
+    """A memory-mapped array. An empty file cannot be mapped."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+
+
 class Source:
     """A folder of columns. meta.json: rows, tokens, task prefixes, fingerprint of the tokenizer."""
 
     def __init__(self, folder, tokenizer):
-        """Raises InputError where the folder is not one, or was made with another tokenizer."""
+        """Raises InputError where the folder is damaged, or was made with another tokenizer."""
         folder = Path(folder)
-        self.name = folder.name
+        self.name, self.meta = folder.name, read_json(folder / "meta.json")
         try:
-            self.meta = json.loads((folder / "meta.json").read_text())
-            names, dtype, prefixes = (self.meta[key] for key in ("columns", "dtype", "prefixes"))
-            self.columns = {name: Column(folder, name, dtype) for name in names}
-            if "negative" in names:
-                rows = np.memmap(folder / "negative.rows.bin", dtype=np.int64, mode="r")
-                self.first_negative = rows
-        except (OSError, ValueError, KeyError) as error:
+            self.rows, dtype, prefixes = (self.meta[key] for key in ("rows", "dtype", "prefixes"))
+            tokens = self.meta["tokens"]
+            self.columns = {name: Column(folder, name, dtype, tokens[name]) for name in tokens}
+            if "negative" in tokens:
+                self.first_negative = map_file(folder / "negative.rows.bin", np.int64)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder} is not a source of texts: {error!r}") from None
-        if self.meta["tokenizer"] != fingerprint(tokenizer):
+        rows = [len(self.columns[name]) for name in self.columns if name != "negative"]
+        rows += [len(self.first_negative) - 1] if "negative" in self.columns else []
+        if set(rows) != {self.rows}:
+            raise InputError(f"{folder} has {rows} rows, meta.json says {self.rows}: prepare again")
+        if self.meta.get("tokenizer") != fingerprint(tokenizer):
             raise InputError(
-                f"{folder} was made with another tokenizer ({self.meta['tokenizer']}) than the "
-                f"model's ({fingerprint(tokenizer)}): begin with stage 1 on this data, or with "
-                "random weights"
+                f"{folder} was made with another tokenizer than the model's: start from random "
+                "weights, or with stage 1 on this data"
             )
         self.prefixes = {
             name: tokenizer.encode(prefix, add_special_tokens=False).ids
@@ -115,26 +96,25 @@ class Source:
         }
 
     def __len__(self):
-        return self.meta["rows"]
+        return self.rows
 
     def negatives(self, row):
-        """Which texts of column "negative" are this row's own: a range, empty where there are none;
-        texts("negative", source.negatives(row), n) reads them, with the documents' prefix."""
+        """Which texts of the column "negative" belong to a row: a range, maybe empty."""
         if "negative" not in self.columns:
             return range(0)
         return range(int(self.first_negative[row]), int(self.first_negative[row + 1]))
 
     def texts(self, column, rows, max_tokens):
-        """Rows as the model reads them: [CLS] prefix text [SEP], cut. A list of id arrays."""
+        """Rows as the model reads them: [CLS] prefix text [SEP], truncated. A list of id arrays."""
         texts = []
         for row in rows:
             ids = self.columns[column][row]
             ids = np.concatenate([ids[:1], self.prefixes[column], ids[1:]]).astype(np.int64)
-            texts.append(cut(ids, max_tokens))
+            texts.append(truncate(ids, max_tokens))
         return texts
 
 
-def cut(ids, max_tokens):
+def truncate(ids, max_tokens):
     """The first max_tokens ids of a text, with its [SEP] at the end."""
     if len(ids) <= max_tokens:
         return ids
@@ -145,35 +125,18 @@ def open_sources(folder, tokenizer):
     """All sources in a folder, in the order of their names."""
     found = [path.parent for path in sorted(Path(folder).glob("*/meta.json"))]
     if not found:
-        raise InputError(f"no sources in {folder}: a script in data/ makes them, such as jsonl.py")
+        raise InputError(f"no sources in {folder}: data/pydocs.py, folder.py or pairs.py make some")
     return [Source(path, tokenizer) for path in found]
 
 
 # ------------------------------------------------------------------------------------------------
-# Batches
+# Which rows make a batch
 
 
-def shuffled(index, n, seed):
-    """Where the numbers `index` (an array, each below n) stand in a shuffle of range(n).
-
-    A Feistel network permutes the numbers below a power of four; walking on until the result is
-    below n makes that a permutation of range(n). It needs no memory, where a shuffled list of 235
-    million rows takes 2 GB."""
-    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))  # bits of each half of a number
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = np.random.default_rng(seed).integers(1 << 63, size=4, dtype=np.uint64)
-
-    def permute(x):
-        left, right = x >> half, x & mask
-        for key in keys:
-            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, on purpose
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
-        return left << half | right
-
-    x = permute(np.asarray(index, np.uint64))
-    while (outside := x >= n).any():
-        x[outside] = permute(x[outside])
-    return x.astype(np.int64)
+@functools.lru_cache(maxsize=64)
+def permutation(n, *seed):
+    """range(n) in random order: 260 MB for the paper's largest source, which is why it is kept."""
+    return np.random.default_rng(seed).permutation(n).astype(np.int32 if n < 2**31 else np.int64)
 
 
 class Sequences:
@@ -183,7 +146,9 @@ class Sequences:
     def __init__(self, folder, tokenizer, length):
         self.tokens, self.length = Source(folder, tokenizer).columns["document"].tokens, length
         if len(self) == 0:
-            raise InputError(f"{folder} has {len(self.tokens)} tokens: none of {length} in a row")
+            raise InputError(
+                f"{folder} has {len(self.tokens):,} tokens, fewer than --seq-len={length}"
+            )
 
     def __len__(self):
         return len(self.tokens) // self.length
@@ -195,62 +160,64 @@ class Sequences:
         """Which sequences make batch number `step`. Every epoch has each once, in a new order."""
         places = np.arange(step * batch_size, (step + 1) * batch_size)
         epochs, places = places // len(self), places % len(self)
-        parts = [(places[epochs == e], [seed, e]) for e in np.unique(epochs)]
-        return np.concatenate([shuffled(part, len(self), key) for part, key in parts])
+        orders = {epoch: permutation(len(self), seed, int(epoch)) for epoch in np.unique(epochs)}
+        return np.array([orders[e][p] for e, p in zip(epochs, places, strict=True)], np.int64)
 
 
 class PairBatches:
-    """Batches of pairs, each from a single source (sec. 4.2.2): else a model could tell a positive
-    from a negative by its source.
+    """Batches of pairs, each from a single source (sec. 4.2.2): otherwise a model could tell a
+    positive from a negative by its source.
 
     An epoch is every whole batch of every source once, in random order, so that sources come up in
-    proportion to their size, as with the released reader. Rows that do not fill a batch are left
-    out of that epoch; every epoch shuffles the rows anew."""
+    proportion to their size, as in the released reader. Rows that do not fill a batch are left out
+    of that epoch; every epoch shuffles the rows anew."""
 
     def __init__(self, sources, batch_size, seed):
         self.sources, self.batch_size, self.seed = sources, batch_size, seed
         batches = [len(source) // batch_size for source in sources]
+        self.left_out = [s.name for s, n in zip(sources, batches, strict=True) if n == 0]
         self.source_of = np.repeat(np.arange(len(sources)), batches)  # batch of an epoch -> source
         if len(self.source_of) == 0:
             most = max(len(source) for source in sources)
             raise InputError(f"--batch-size={batch_size}: the largest source has {most} rows")
 
+    def about(self):
+        """What a run prints: sources that are smaller than a batch, which no batch comes from."""
+        return (
+            {"smaller than a batch, left out:": ", ".join(self.left_out)} if self.left_out else {}
+        )
+
     def at(self, step):
         """(source, rows) of batch number `step`."""
         epoch, place = divmod(step, len(self.source_of))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.source_of))
-        which = self.source_of[order[place]]
-        number = order[place] - np.searchsorted(self.source_of, which)  # within its source
-        rows = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
-        source = self.sources[which]
-        return source, shuffled(rows, len(source), [self.seed, epoch, int(which)])
+        batch = permutation(len(self.source_of), self.seed, epoch)[place]
+        number = self.source_of[batch]
+        source = self.sources[number]
+        first = (batch - np.searchsorted(self.source_of, number)) * self.batch_size
+        order = permutation(len(source), self.seed, epoch, int(number))
+        return source, order[first : first + self.batch_size].astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------------
+# From rows to what the model reads
 
 
 def pack(texts, device="cpu"):
-    """A list of B id arrays -> tokens (N,) int64 on the device, one text after another and no
-    padding, and cu_seqlens (B + 1,) int32 on the CPU, where each begins and the last ends."""
+    """A list of B id arrays -> tokens (N,) int64 on the device, one text after another without
+    padding, and cu_seqlens (B + 1,) int32 on the CPU: where each text begins, and the last ends."""
     lengths = [len(text) for text in texts]
     if 0 in lengths:
         raise InputError(f"text {lengths.index(0)} of the batch has no tokens, so no embedding")
     cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
     tokens = torch.from_numpy(np.concatenate(texts).astype(np.int64))
-    return send(tokens, device), cu_seqlens
+    return move_to_device(tokens, device), cu_seqlens
 
 
-def send(array, device):
-    """A tensor or numpy array to a device. To a GPU through pinned memory, so that nobody waits:
-    the copy takes its turn behind what the GPU was asked to do before."""
-    array, device = torch.as_tensor(array), torch.device(device)
-    if device.type == "cuda" and array.device.type == "cpu":
-        return array.pin_memory().to(device, non_blocking=True)
-    return array.to(device)
+def split_by_tokens(lengths, max_tokens):
+    """Splits texts into micro-batches of at most max_tokens tokens (a longer text stands alone).
 
-
-def micro_batches(lengths, max_tokens):
-    """Cuts texts into groups of at most max_tokens tokens (a longer text stands alone).
-
-    List of index arrays. Texts of similar length come together, the longest first: attention calls
-    are few, memory is flat, and what would not fit fails at once and not after an hour."""
+    Returns a list of index arrays. Texts of similar length come together, the longest first: so
+    attention needs few calls, memory is flat, and what does not fit fails at once."""
     order = np.argsort(-np.asarray(lengths), kind="stable")
     groups, start, filled = [], 0, 0
     for i, text in enumerate(order):

@@ -1,0 +1,137 @@
+"""Evaluation tasks on disk: a retrieval task in the BEIR layout, and a file of scored pairs.
+
+The layout of BEIR (arXiv 2104.08663), each file plain or gzipped:
+
+    corpus.jsonl     {"_id": "d1", "title": "may be missing", "text": "..."}
+    queries.jsonl    {"_id": "q1", "text": "..."}
+    qrels/test.tsv   query-id, corpus-id, score: tab-separated, below a header
+    meta.json        {"prefixes": {"query": "search_query: ", "document": ...}}; may be missing
+
+A file of scored pairs has a row for each pair: two sentences and a number, as csv or tsv.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+from common.files import read_json, read_lines, write_json, write_text
+from common.options import InputError
+
+PREFIXES = {  # task -> what stands before the text (sec. 3.2)
+    "query": "search_query: ",
+    "document": "search_document: ",
+    "classification": "classification: ",
+    "clustering": "clustering: ",
+}
+
+# ------------------------------------------------------------------------------------------------
+# The BEIR layout
+
+
+def read_texts(path):
+    """id -> text of a corpus.jsonl or queries.jsonl; a title comes before its text [code]."""
+    texts = {}
+    for number, line in read_lines(path):
+        try:
+            row = json.loads(line)
+            texts[str(row["_id"])] = f"{row.get('title') or ''} {row['text']}".strip()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f'{path}, line {number}: not {{"_id": ..., "text": ...}}') from None
+    return texts
+
+
+def read_judgements(path, queries, documents):
+    """query id -> document id -> grade above 0, of a qrels file.
+
+    Raises InputError for a line of another form, or one that names an unknown id."""
+    judged = {}
+    for number, line in read_lines(path):
+        parts = line.split("\t")
+        if number == 1 and parts[-1] == "score":
+            continue
+        if len(parts) != 3 or not parts[2].lstrip("-").isdigit():
+            raise InputError(f"{path}, line {number}: not query-id, corpus-id, score with tabs")
+        query, document, grade = parts
+        if query not in queries or document not in documents:
+            name = "queries" if query not in queries else "corpus"
+            missing = query if query not in queries else document
+            raise InputError(f"{path}, line {number}: {missing} is not in {name}.jsonl")
+        if int(grade) > 0:
+            judged.setdefault(query, {})[document] = int(grade)
+    return judged
+
+
+def splits_of(folder):
+    """The names of a task's qrels files: train, dev, test."""
+    return sorted(path.name.split(".")[0] for path in Path(folder, "qrels").glob("*.tsv*"))
+
+
+def read_task(folder, split):
+    """(documents: id -> text, queries: id -> text, judgements, prefixes) of one split.
+
+    Raises InputError where the folder is not a task, naming file and line."""
+    folder = Path(folder)
+    documents, queries = (read_texts(folder / f"{name}.jsonl") for name in ("corpus", "queries"))
+    path = folder / "qrels" / f"{split}.tsv"
+    judged = read_judgements(path, queries, documents)
+    if not judged:
+        raise InputError(f"{path} judges no document relevant")
+    prefixes = PREFIXES
+    if (folder / "meta.json").is_file():
+        prefixes = read_json(folder / "meta.json").get("prefixes")
+        if not isinstance(prefixes, dict) or not {"query", "document"} <= set(prefixes):
+            raise InputError(f"{folder}/meta.json gives no prefixes of query and document")
+    return documents, queries, judged, prefixes
+
+
+def write_jsonl(path, rows):
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(path, text)
+
+
+def write_task(folder, documents, queries, prefixes):
+    """Writes the BEIR layout. documents: id -> text; queries: split -> list of (query, ids of the
+    documents that answer it); prefixes: of queries and documents."""
+    folder, asked = Path(folder), []
+    write_jsonl(folder / "corpus.jsonl", ({"_id": i, "text": t} for i, t in documents.items()))
+    for split, rows in queries.items():
+        lines = ["query-id\tcorpus-id\tscore"]
+        for i, (query, answers) in enumerate(rows):
+            asked.append({"_id": f"{split}-{i}", "text": query})
+            lines += [f"{split}-{i}\t{answer}\t1" for answer in dict.fromkeys(answers)]
+        write_text(folder / "qrels" / f"{split}.tsv", "\n".join(lines) + "\n")
+    write_jsonl(folder / "queries.jsonl", asked)
+    write_json(
+        folder / "meta.json", {"prefixes": dict(zip(("query", "document"), prefixes, strict=True))}
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Scored pairs
+
+
+def read_scored_pairs(path):
+    """(sentences, sentences, scores) of a csv or tsv file, with or without a header.
+
+    Raises InputError naming the line that has another form."""
+    path = Path(path)
+    separator = "\t" if path.name.removesuffix(".gz").endswith(".tsv") else ","
+    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+    lines = (line + "\n" for _, line in read_lines(path))
+    reader = csv.reader(lines, delimiter=separator, quoting=quoting)
+    pairs = []
+    for row in reader:
+        try:
+            first, second, score = row
+            pairs.append((first, second, float(score)))
+        except ValueError:
+            if reader.line_num == 1 and len(row) == 3:
+                continue
+            raise InputError(
+                f"{path}, line {reader.line_num}: not two sentences and a score, but {len(row)} "
+                f"fields: {str(row)[:60]}"
+            ) from None
+    first, second, scores = zip(*pairs, strict=True) if pairs else ((), (), ())
+    if len(set(scores)) < 2:
+        raise InputError(f"{path}: {len(scores)} scores, all equal: there is no order to compare")
+    return first, second, scores
