@@ -11,14 +11,13 @@ the paper uses 235 million such pairs.
     torchrun --nproc-per-node=8 contrastive.py --preset=paper --init=out/mlm --data=DIR
 
 Three things make it work:
-- the loss, InfoNCE: to choose the right document among all of the batch
-- large batches, which means more to choose from. GradCache computes them in pieces, with the exact
+- the loss, InfoNCE: choose the right document among all documents of the batch
+- large batches, with more to choose from. GradCache computes them in pieces, with the exact
   gradient
 - each batch comes from one source of pairs, and each text begins with a prefix that names the task
   (data/store.py)
 """
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,57 +26,51 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import common
-import processes
-from check import check_stage
-from data import store
-from estimate import dry_run, speed
-from model import initialize
-from options import InputError, read_options, run
-from retrieval import Retrieval, dev_scores
+from common import distributed
+from common.device import choose_dtype, move_to_device
+from common.files import load_tokenizer
+from common.options import InputError, cli, inherit, read_options
+from common.run import Run, adamw, set_lr
+from data import pydocs, store
+from evaluate import Retrieval, dev_scores
+from model import ModelConfig, NomicBert, initialize, training_flops
 
 
 @dataclass
 class Config:
     preset: str = "laptop"  # a named set of values: laptop, gpu or paper
-    data: str = "out/pydocs"  # a data folder; this one is made where it is missing
+    data: str = "out/pydocs"  # a data folder; the default one is made where it is missing
     init: str = ""  # a checkpoint to start from, such as out/mlm; empty: random weights
-    keep: str = "embeddings"  # what of INIT: its word embeddings, or all (as the paper)
-    out: str = "out/contrastive"  # for the checkpoint and log; an earlier run moves to OUT.previous
-    resume: bool = False  # continue the run in OUT from its last checkpoint
-    check: bool = False  # train nothing, and examine machine, data and a short run instead
-    seed: int = 0  # decides the first weights and the order of the data
-    dry_run: bool = False  # train nothing, and print what a run would take: memory, hours
-    precision: str = "auto"  # of the activations: bf16, float32, float64; auto: bf16 where fast
-    attention: str = "auto"  # flash-attn, varlen, portable, or auto: the first that works here
-    compile: bool = False  # fuse the operations of a block: pays where a run takes many minutes
-    zero: bool = False  # share the optimizer's state out among the processes (ZeRO)
+    keep: str = "embeddings"  # what to keep of it: its word embeddings, or all (as the paper)
+    out: str = "out/contrastive"  # for the checkpoint and the log
+    resume: bool = False  # insist on continuing the run in OUT (the same command does it anyway)
+    seed: int = 0  # decides the first weights and the order of the data [0, 1e18]
+    precision: str = "auto"  # of the activations: bf16, float32, or auto: bf16 where it is faster
+    compile: bool = False  # fuse the operations of a block: pays in runs of many minutes
 
-    hidden_size: int = 256  # C; this and the next five come from the checkpoint where there is one
-    num_hidden_layers: int = 1  # transformer blocks
-    num_attention_heads: int = 4  # H; the paper's heads have 64 features too
-    intermediate_size: int = 512  # width of the feed-forward layers
-    rope_base: float = 1000.0  # sec. 3.4
-    trained_length: int = 128  # tokens; Dynamic NTK is for longer texts
+    hidden_size: int = 256  # C; this and the next five come from --init, if given [2, 65536]
+    num_hidden_layers: int = 1  # transformer blocks [1, 1000]
+    num_attention_heads: int = 4  # H; heads of 64 features, as the paper's [1, 1000]
+    intermediate_size: int = 512  # width of the feed-forward layers [1, 1e6]
+    rope_base: float = 1000.0  # sec. 3.4 [1, 1e9]
+    trained_length: int = 128  # tokens; Dynamic NTK is for longer texts [4, 1e6]
 
     batch_size: int = 512  # pairs in a step, over all processes: the documents to choose from
-    query_tokens: int = 48  # queries are cut to this length
-    document_tokens: int = 64  # documents are cut to this length: their beginnings say most
-    temperature: float = 0.02  # divides the cosines: a logit scale of 50, fixed [code]
+    query_tokens: int = 48  # queries are truncated to this length [3, 1e6]
+    document_tokens: int = 64  # documents are truncated to this length [3, 1e6]
+    temperature: float = 0.02  # divides the cosines: a logit scale of 50, fixed [code] [0.001, 100]
     micro_batch_tokens: int = 4096  # tokens that go through the model at once: what a cache holds
-    tokens_in_memory: int = 65_536  # larger batches, in each process, go through GradCache
+    tokens_in_memory: int = 65_536  # larger batches, in each process, use GradCache [0, 1e9]
 
     steps: int = 300  # optimizer steps
-    lr: float = 3e-3  # peak of the learning rate; small models bear more than large ones
-    warmup: int = 30  # steps in which the rate rises
-    weight_decay: float = 0.01  # of matrices; norms have none
-    clip: float = 1.0  # longest gradient
+    lr: float = 3e-3  # peak of the learning rate; small models need a larger one [0, 1000]
+    warmup: int = 30  # steps in which the rate rises [0, 1e9]
+    weight_decay: float = 0.01  # of matrices; norms have none [0, 1]
+    clip: float = 1.0  # largest norm of the gradient [0, 1e9]
 
     log_every: int = 10  # steps between lines of the log
-    eval_every: int = 100  # steps between scores on held-out pairs, with an example (0: never)
+    eval_every: int = 100  # steps between scores on held-out pairs; 0: never [0, 1e9]
     save_every: int = 100  # steps between checkpoints
-    stop_after: int = 0  # leave after this step as if interrupted; --resume goes on (0: never)
-    overfit: bool = False  # show the first batch again and again: the loss must fall towards 0
 
 
 PRESETS = {
@@ -108,12 +101,11 @@ PRESETS = {
         "trained_length": 2048,
         "keep": "all",
         "batch_size": 16_384,
-        "query_tokens": 2048,  # the later reader cuts queries at 32 and
-        "document_tokens": 2048,  # documents at 256 tokens [code]
+        "query_tokens": 2048,  # the later reader truncates queries to 32 and
+        "document_tokens": 2048,  # documents to 256 tokens [code]
         "micro_batch_tokens": 65_536,  # ours; the released GradCache takes 64 texts [code]
         "tokens_in_memory": 65_536,
         "compile": True,
-        "zero": True,  # ours; [code] has it for masked words only
         "steps": 14_316,  # one epoch of 234,553,344 pairs (table 7)
         "lr": 2e-4,  # the paper's first version prints 2e-5
         "warmup": 700,
@@ -136,34 +128,36 @@ def learning_rate(step, config):
 # The lesson: InfoNCE
 
 
-def info_nce(query, document, temperature, first=0, scores=1 << 23):
+def info_nce(query, document, temperature, first=0):
     """Choose each query's document among all (eq. 1): the sum, over queries, of
     -log softmax(cosines with all documents / temperature)[the right one].
 
     query (b, E), document (M, E), at unit length. Document first + i is the right one for query i,
-    all others are negatives. Identical embeddings give exactly ln M for each query.
+    all others are negatives. Identical embeddings give exactly ln M for each query."""
+    logits = query @ document.T / temperature  # (b, M)
+    right = torch.arange(first, first + len(query), device=query.device)
+    return F.cross_entropy(logits, right, reduction="sum")
 
-    scores: so many are in memory at a time. More are computed in blocks of rows, whose scores are
-    forgotten and computed again for the gradient: of 65,536 pairs, all would take 16 GiB."""
 
-    def of_rows(query, first):
-        cosines = query @ document.T  # (rows, M)
-        right = torch.arange(first, first + len(query), device=query.device)
-        return F.cross_entropy(cosines / temperature, right, reduction="sum")
-
-    rows = max(1, scores // len(document))
+def info_nce_in_blocks(query, document, temperature, first=0, logits_in_memory=1 << 23):
+    """The same, with at most so many logits in memory: those of 65,536 pairs would take 16 GiB.
+    The logits of a block of queries are discarded, and computed again for the gradient."""
+    rows = max(1, logits_in_memory // len(document))
     if rows >= len(query):
-        return of_rows(query, first)
-    blocks = enumerate(query.split(rows))
-    again = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random is in it
-    return sum(checkpoint(of_rows, q, first + i * rows, **again) for i, q in blocks)
+        return info_nce(query, document, temperature, first)
+    loss = 0.0
+    for start in range(0, len(query), rows):
+        block = query[start : start + rows]
+        arguments = (info_nce, block, document, temperature, first + start)
+        loss += checkpoint(*arguments, use_reentrant=False, preserve_rng_state=False)
+    return loss
 
 
 class Gather(torch.autograd.Function):
     """The rows of all processes, with gradients: (b, E) -> (world * b, E).
 
     What the queries of every process say about a document flows back to the process that encoded
-    it. Without that the gradient has another direction, and nothing complains
+    it. Without that the gradient has another direction, and nothing reports it
     (tests/test_contrastive.py shows it)."""
 
     @staticmethod
@@ -189,9 +183,9 @@ def gather(x):
 
 def embed(model, texts, micro_batch_tokens):
     """Embeddings of B texts (id arrays), a micro-batch at a time: (B, E), in the order given."""
-    groups = store.micro_batches([len(text) for text in texts], micro_batch_tokens)
+    groups = store.split_by_tokens([len(text) for text in texts], micro_batch_tokens)
     parts = [model.embed(*store.pack([texts[i] for i in group], model.device)) for group in groups]
-    order = store.send(np.argsort(np.concatenate(groups)), model.device)
+    order = move_to_device(np.argsort(np.concatenate(groups)), model.device)
     return torch.cat(parts).index_select(0, order)
 
 
@@ -199,8 +193,9 @@ def grad_cache(model, texts, loss_of, micro_batch_tokens):
     """Backpropagates loss_of(embeddings of all texts), with the activations of one micro-batch in
     memory at a time. Returns the loss.
 
-    A large batch cannot be summed up from small ones: their queries would miss each other's
-    documents. But the loss sees the model only through the embeddings, and so, by the chain rule,
+    The loss of a large batch is not the sum of those of small ones: their queries would miss each
+    other's documents. But the loss depends on the weights only through the embeddings, and so, by
+    the chain rule,
 
         d loss / d weights  =  sum over texts of  d loss / d embedding  *  d embedding / d weights
 
@@ -214,13 +209,13 @@ def grad_cache(model, texts, loss_of, micro_batch_tokens):
     embeddings.requires_grad_()
     loss = loss_of(embeddings)
     loss.backward()
-    for group in store.micro_batches([len(text) for text in texts], micro_batch_tokens):
+    for group in store.split_by_tokens([len(text) for text in texts], micro_batch_tokens):
         again = model.embed(*store.pack([texts[i] for i in group], model.device))
-        again.backward(embeddings.grad.index_select(0, store.send(group, model.device)))
+        again.backward(embeddings.grad.index_select(0, move_to_device(group, model.device)))
     return loss.detach()
 
 
-def backpropagate(model, texts, loss_of, config):
+def backward_batch(model, texts, loss_of, config):
     """The loss of a batch, its gradient added to the weights: through GradCache, unless the
     activations of the whole batch fit in memory."""
     if sum(map(len, texts)) > config.tokens_in_memory:
@@ -231,17 +226,50 @@ def backpropagate(model, texts, loss_of, config):
 
 
 # ------------------------------------------------------------------------------------------------
-# What to keep of stage 1
+# The first weights
+
+
+def first_model(run, config, origin, device):
+    """The encoder that stage 2 or 3 starts from: the checkpoint of --init (of OUT, if the run is
+    continued), whose shape and tokenizer the run inherits, or random weights."""
+    checkpoint = config.out if run.state else config.init
+    torch.manual_seed(config.seed)
+    if checkpoint:
+        model = distributed.call_everywhere(lambda: NomicBert.from_pretrained(checkpoint))
+        if model.tokenizer is None:
+            raise InputError(f"{checkpoint} has no tokenizer.json: copy that of the data there")
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        names += ("rope_base", "trained_length")
+        inherit(config, origin, {name: getattr(model.config, name) for name in names}, checkpoint)
+    else:
+        distributed.print_once(
+            "starting from random weights; from stage 1: python mlm.py, then --init=out/mlm here"
+        )
+        tokenizer = load_tokenizer(config.data)
+        size = tokenizer.get_vocab_size()
+        model = NomicBert(ModelConfig.from_options(config, size, config.trained_length))
+        model.tokenizer = tokenizer
+    for name in ("query_tokens", "document_tokens"):
+        if getattr(config, name) > config.trained_length:
+            raise InputError(
+                f"--{name.replace('_', '-')} is beyond the {config.trained_length} tokens that the "
+                "model is trained for"
+            )
+    model.to(device)
+    model.dtype = choose_dtype(config.precision, device)
+    if config.compile:
+        model.compile_blocks()
+    return model
 
 
 @torch.no_grad()
 def keep_only_embeddings(model):
-    """Centres the word embeddings, in their initial size, and begins all else anew.
+    """Centres the word embeddings, in their initial size, and initialises all other weights anew.
 
     The paper keeps everything, and so do the presets that train stage 1 for long. After minutes of
-    it, blocks that are kept made stage 2 worse than random weights did, and words that are kept did
-    not (README, What each stage adds). Why is a guess: fresh blocks hardly move a token, so that
-    the first embedding is a bag of words, which already finds things."""
+    it, keeping the blocks made stage 2 worse than random weights did, and keeping the words did not
+    (docs/results.md). Why is a guess: fresh blocks hardly change a token, so that the first
+    embedding is a bag of words, which already finds documents."""
     words = model.embeddings.word_embeddings.weight.clone()  # (V, C)
     for layer_norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)):
         layer_norm.reset_parameters()
@@ -255,67 +283,58 @@ def keep_only_embeddings(model):
 
 def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
-    if config.dry_run:
-        return dry_run("contrastive", config)
-    if config.check:
-        return check_stage(main, arguments, config)
-    rank, world, device = processes.start(config)
-    common.make_default_data(config.data)
-    model = common.open_encoder(config, origin)
-    if config.init and config.keep == "embeddings":
-        torch.manual_seed(config.seed)
-        keep_only_embeddings(model)
-    elif config.keep not in ("embeddings", "all"):
+    if config.keep not in ("embeddings", "all"):
         raise InputError(f"--keep={config.keep}: give embeddings or all")
+    rank, world, device = distributed.start(config.batch_size)
+    distributed.call_everywhere(lambda: rank == 0 and pydocs.make_if_missing(config.data))
+    run = Run("contrastive", config, origin)
+    if run.finished:
+        return
+
+    model = first_model(run, config, origin, device)
+    if config.init and config.keep == "embeddings":
+        keep_only_embeddings(model)
     sources = store.open_sources(f"{config.data}/stage2", model.tokenizer)
     pairs = store.PairBatches(sources, config.batch_size, config.seed)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
-    common.place(model, model, config, device)
-    optimizer = common.adamw(model, config, betas=(0.9, 0.999), eps=1e-8)
-    start = common.begin(config, origin, model, optimizer)
+    betas, eps = (0.9, 0.999), 1e-8
+    optimizer = adamw(model, config.lr, config.weight_decay, betas, eps)
+    run.begin(model, optimizer, **model.about(), **pairs.about())
     share = config.batch_size // world  # pairs of this process
 
     def batch_of(step):
         """This process's share of a batch, all from one source: its queries, then its documents."""
-        source, rows = pairs.at(0 if config.overfit else step)
+        source, rows = pairs.at(step)
         rows = rows[rank * share : (rank + 1) * share]
         queries = source.texts("query", rows, config.query_tokens)
         return source.name, queries + source.texts("document", rows, config.document_tokens)
 
     def loss_of(embeddings):  # (2 * share, E)
         query, document = embeddings.chunk(2)
-        loss = info_nce(query, gather(document), config.temperature, first=rank * share)
+        document = gather(document)  # of all processes: (batch_size, E)
+        loss = info_nce_in_blocks(query, document, config.temperature, first=rank * share)
         return loss / config.batch_size  # this process's part of the mean over the batch
 
-    batch_at, began, tokens = common.ahead(batch_of), time.perf_counter(), 0
-    for step in (bar := common.steps(start, config)):
-        source, texts = batch_at(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss = backpropagate(model, texts, loss_of, config)
-        processes.sum_gradients(model)
+    for step, (source, texts) in run.steps(batch_of):
+        optimizer.zero_grad()
+        loss = backward_batch(model, texts, loss_of, config)
+        distributed.sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        lr = common.set_lr(optimizer, learning_rate(step, config))
+        lr = set_lr(optimizer, learning_rate(step, config))
         optimizer.step()
-        done, tokens = step + 1, tokens + sum(map(len, texts))
 
-        saves = common.saves(done, config)
-        if done % config.log_every == 0 or saves:
-            loss = common.finite(processes.sum_over_processes(loss), done, config)
-            seconds = time.perf_counter() - began  # the loss is there, so a GPU has done it all
-            tokens = int(processes.sum_over_processes(tokens))  # since the line before
-            record = {"step": done, "loss": loss, "lr": lr, "tokens": tokens}
-            record |= speed(model.config, [*map(len, texts)], tokens, seconds, device, world)
-            record |= {"gradient_norm": norm.item(), "source": source}
-            sample = ""
-            due = config.eval_every and (done % config.eval_every == 0 or done == config.steps)
-            if due and rank == 0:  # the others wait for it in their next sum
-                scores, sample = dev_scores(model, dev, config.trained_length)
-                record |= scores
-            common.log(config, bar, record, sample)
-            if saves:
-                common.save(config, model, optimizer, done)
-            began, tokens = time.perf_counter(), 0
+        lengths = [len(text) for text in texts]
+        run.tokens += sum(lengths)
+        run.flops += training_flops(model.config, lengths)
+        if run.log_due(step):
+            loss = distributed.sum_over_processes(loss)
+            run.log(step, loss=loss, lr=lr, gradient_norm=norm, source=source)
+        if run.evaluation_due(step):
+            number = step // config.eval_every
+            scores, sample = dev_scores(model, dev, config.trained_length, number)
+            run.log(step, sample, **scores)
+        run.save(step)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -1,44 +1,44 @@
-"""How good is it? Retrieval, masked words, long texts; and a search, to try it by hand.
+"""How good is it? Retrieval, masked tokens, long texts; and a search, to try it by hand.
 
     python evaluate.py                        # the ladder: BM25, random weights, each stage's model
     python evaluate.py search "how do I read a csv file"     # the ten best; no query: a prompt
     python evaluate.py long                   # beyond the trained length, four ways to scale RoPE
     python evaluate.py plot                   # learning curves, ladder, length curves as PNG
 
-and on texts from elsewhere, with any checkpoint (--model=DIR, or a name on the hub):
+and on data from elsewhere, with any checkpoint (--model=DIR, or a name on the hub):
 
     python evaluate.py sts FILE               # pairs of sentences with scores, csv or tsv
     python evaluate.py retrieval FOLDER       # a task in the BEIR layout, beside BM25
-    python evaluate.py mteb --tasks=A,B       # MTEB's tasks by their names, or files and folders
+    python evaluate.py mteb --tasks=A,B       # tasks of MTEB by their names, through its library
 
-The metrics are in retrieval.py and similarity.py, masked accuracy is in mlm.py. The ladder and long
-texts are measured on modules that were held out from all training. Results go to out/results.json,
-and into the model card of the checkpoint that they are of.
+The ladder and the long texts use modules that were held out from all training. Results go to
+OUT/results.json, and into the model card of the checkpoint that they are of.
 """
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import common
-from card import write_card
-from checkpoint import find
-from data import store
+from common.card import TITLES, write_card
+from common.checkpoint import find_checkpoint
+from common.device import best_device
+from common.files import fingerprint, read_json, write_json, write_whole
+from common.options import InputError, cli, read_options, split_words
+from data.store import Sequences, Source
+from data.tasks import PREFIXES, read_scored_pairs, read_task, splits_of
 from mlm import held_out_scores
 from model import NomicBert, NomicBertForMaskedLM
-from options import InputError, read_options, run
-from processes import best_device
-from retrieval import METRICS, Retrieval, bm25_rank, summary
-from search import Index, typed_queries
-from similarity import read_pairs, sts
 
-STAGES = ("mlm", "contrastive", "finetune")
+STAGES = tuple(TITLES)  # mlm, contrastive, finetune
 
 
 @dataclass
@@ -46,12 +46,189 @@ class Options:
     data: str = "out/pydocs"  # a data folder
     out: str = "out"  # where the stages' runs are; results.json and pictures go there too
     model: str = ""  # a checkpoint directory or a name on the hub; empty: the last stage trained
-    split: str = "test"  # the ladder's held-out modules: test, or dev while tuning
-    max_tokens: int = 0  # texts are cut to this length; 0: the length that the model was trained at
-    dims: int = 0  # sts, retrieval, mteb: only the first dimensions, after Matryoshka; 0: all
-    rope_factor: float = 0.0  # sts, retrieval, mteb: Dynamic NTK with this s; 0: as it is saved
-    tasks: str = ""  # mteb: names of tasks, files of pairs, folders in the BEIR layout, with commas
-    seed: int = 0  # of the random weights
+    split: str = "test"  # held-out modules of the ladder: test, or dev while tuning
+    max_tokens: int = 0  # texts are truncated to this length; 0: the trained length [0, 1e6]
+    dims: int = 0  # sts, retrieval, mteb: the first dimensions only (Matryoshka); 0: all [0, 1e6]
+    rope_factor: float = 0.0  # sts, retrieval, mteb: Dynamic NTK's s; 0: as it is saved [0, 1000]
+    tasks: str = ""  # mteb: names of tasks, with commas between them
+    seed: int = 0  # of the random weights [0, 1e18]
+
+
+# ------------------------------------------------------------------------------------------------
+# Metrics. ranking: numbers of documents, best first; relevant: number of a document -> its grade
+
+
+def recall(ranking, relevant, k=10):
+    """The share of the relevant documents that are among the first k."""
+    return sum(document in relevant for document in ranking[:k]) / len(relevant)
+
+
+def mrr(ranking, relevant, k=10):
+    """Reciprocal rank: 1 / rank of the first relevant document, 0 if none is among the first k."""
+    ranks = [i + 1 for i, document in enumerate(ranking[:k]) if document in relevant]
+    return 1 / ranks[0] if ranks else 0.0
+
+
+def ndcg(ranking, relevant, k=10):
+    """Normalised discounted cumulative gain: sum of grade / log2(1 + rank), over the largest sum
+    that any ranking could have."""
+    gain = [relevant.get(document, 0) for document in ranking[:k]]
+    best = sorted(relevant.values(), reverse=True)[:k]
+
+    def discounted(grades):
+        return sum(grade / math.log2(2 + i) for i, grade in enumerate(grades))
+
+    return discounted(gain) / discounted(best)
+
+
+METRICS = {
+    "nDCG@10": ndcg,
+    "MRR@10": mrr,
+    "recall@10": recall,
+    "recall@100": functools.partial(recall, k=100),
+}
+
+
+def pearson(x, y):
+    """Correlation: sum (x - mean x)(y - mean y) over the product of their lengths; -1 to 1."""
+    x, y = np.asarray(x, float) - np.mean(x), np.asarray(y, float) - np.mean(y)
+    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+
+
+def ranks(x):
+    """The place of each value in their order, from 1; equal ones share the mean of their places."""
+    _, which, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)  # the place of the last of each value
+    return (last - (counts - 1) / 2)[which]
+
+
+def spearman(x, y):
+    """Pearson's correlation of the ranks: nothing makes a cosine grow in proportion to a score."""
+    return pearson(ranks(x), ranks(y))
+
+
+def summary(values):
+    """Mean and standard error."""
+    values = np.asarray(values, float)
+    return {"mean": values.mean(), "error": values.std(ddof=1) / math.sqrt(len(values))}
+
+
+# ------------------------------------------------------------------------------------------------
+# Retrieval: each query ranks all documents by cosine
+
+
+def top_k(query, document, k, block=(4096, 8192), device="cpu"):
+    """The k largest inner products of each query, exactly.
+
+    query (n, E), document (m, E) -> scores (n, k) and numbers of documents (n, k), best first; of m
+    documents, if m < k. Only `block` queries times documents are compared at a time, and the best
+    so far are kept, so that memory does not grow with their product."""
+    k, found = min(k, len(document)), []
+    for i in range(0, len(query), block[0]):
+        q = torch.as_tensor(query[i : i + block[0]]).to(device)  # (b, E)
+        best_scores = q.new_empty(len(q), 0)
+        best_numbers = torch.empty(len(q), 0, dtype=torch.int64, device=device)
+        for j in range(0, len(document), block[1]):
+            d = torch.as_tensor(document[j : j + block[1]]).to(device)
+            scores, numbers = (q @ d.T).topk(min(k, len(d)))
+            scores = torch.cat((best_scores, scores), 1)
+            numbers = torch.cat((best_numbers, numbers + j), 1)
+            best_scores, places = scores.topk(min(k, scores.shape[1]))
+            best_numbers = numbers.gather(1, places)
+        found.append((best_scores.cpu(), best_numbers.cpu()))
+    return tuple(torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+
+
+def distinct(keys):
+    """Numbers for things that repeat, such as a document that answers several queries.
+
+    keys: bytes of each of n things -> first (m,), where each different one stands for the first
+    time; number (n,), which of these m each thing is."""
+    seen, first, number = {}, [], []
+    for i, key in enumerate(keys):
+        number.append(seen.setdefault(hash(key), len(seen)))  # 64 bits of it save memory
+        if len(seen) > len(first):
+            first.append(i)
+    return np.array(first, np.int64), np.array(number, np.int64)
+
+
+class Retrieval:
+    """One split of a task in the BEIR layout (data/tasks.py)."""
+
+    def __init__(self, folder, split, pool=None, queries=None):
+        """pool, queries: for a quick look, so many documents (with all relevant ones) and queries.
+
+        Raises InputError where the folder is not a task, naming file and line."""
+        self.name = Path(folder).name
+        documents, asked, judged, self.prefixes = read_task(folder, split)
+        judged, names = dict(list(judged.items())[:queries]), list(documents)
+        if pool and pool < len(names):
+            right = {document for relevant in judged.values() for document in relevant}
+            others = np.array([name for name in names if name not in right])
+            drawn = np.random.default_rng(0).permutation(others)[: max(0, pool - len(right))]
+            names = sorted([*right, *drawn.tolist()])
+        number = {name: i for i, name in enumerate(names)}
+        self.documents = [documents[name] for name in names]
+        self.queries = [asked[query] for query in judged]
+        self.relevant = [
+            {number[document]: grade for document, grade in relevant.items()}
+            for relevant in judged.values()
+        ]
+
+    @classmethod
+    def open_all(cls, data, split, **sample):
+        """The retrieval tasks of a data folder, in the order of their names."""
+        folders = sorted(Path(data, "retrieval").glob("*/"))
+        if not folders:
+            raise InputError(f"no retrieval tasks in {data}: python data/pydocs.py makes some")
+        return [cls(folder, split, **sample) for folder in folders]
+
+    def rank(self, model, max_tokens, k=100, dims=None):
+        """Each query's k best documents (n, k); mean cosine of its right, and of a random one."""
+        query, document = (
+            model.encode([self.prefixes[side] + text for text in texts], max_tokens, dims)
+            for side, texts in (("query", self.queries), ("document", self.documents))
+        )
+        right = [next(iter(relevant)) for relevant in self.relevant]
+        random = np.random.default_rng(0).integers(len(document), size=len(query))
+        cosines = [float((query * document[other]).sum(1).mean()) for other in (right, random)]
+        return top_k(query, document, k)[1], cosines
+
+    def rank_bm25(self, split_identifiers=False, k=100):
+        """The same by BM25, word matching that needs no training and is hard to beat, so that no
+        table goes without it (bm25s with its defaults). split_identifiers: read_csv is also `read`
+        and `csv`, as our tokenizer reads it; the stronger baseline on code."""
+        import bm25s
+
+        documents, queries = (
+            [text.replace("_", " ") if split_identifiers else text for text in texts]
+            for texts in (self.documents, self.queries)
+        )
+        index, quiet = bm25s.BM25(), {"show_progress": False}
+        index.index(bm25s.tokenize(documents, **quiet), **quiet)
+        words = bm25s.tokenize(queries, **quiet)
+        return index.retrieve(words, k=min(k, len(documents)), **quiet)[0]
+
+    def scores(self, rankings):
+        """metric -> its value for each query."""
+        judged = list(zip(rankings, self.relevant, strict=True))
+        return {name: [metric(*pair) for pair in judged] for name, metric in METRICS.items()}
+
+
+def dev_scores(model, tasks, max_tokens, number):
+    """For the log of a run: nDCG@10 of each task and their mean. For a person: a query, another one
+    for each number of an evaluation, and what it finds."""
+    scores = {}
+    for task in tasks:
+        rankings, _ = task.rank(model, max_tokens)
+        scores[f"dev_{task.name}"] = float(np.mean(task.scores(rankings)["nDCG@10"]))
+    shown = number % len(task.queries)
+    found = [
+        ("-> " if i in task.relevant[shown] else "   ") + " ".join(task.documents[i].split())[:90]
+        for i in rankings[shown, :3]
+    ]
+    sample = "\n    ".join([f"{task.queries[shown]} (-> marks the right one)", *found])
+    return {"dev_ndcg": float(np.mean(list(scores.values()))), **scores}, sample
 
 
 # ------------------------------------------------------------------------------------------------
@@ -60,42 +237,49 @@ class Options:
 
 def ladder(options):
     """BM25, random weights, and the model after each stage, on the same held-out queries."""
-    tasks = Retrieval.open_all(options.data, options.split)
-    rows = {}
+    tasks, rows = Retrieval.open_all(options.data, options.split), {}
+    print(f"{'':28}" + "".join(f"{task.name + ', nDCG@10':>32}{'MRR@10':>10}" for task in tasks))
     for name, split_identifiers in (("BM25", False), ("BM25, identifiers split", True)):
-        try:
-            rankings = {task.name: (bm25_rank(task, split_identifiers), None) for task in tasks}
-        except ImportError:
-            print(f"{name}: not measured; pip install -r requirements-extra.txt")
-            continue
-        rows[name] = row_of(tasks, rankings)
+        if importlib.util.find_spec("bm25s"):
+            rankings = [(task.rank_bm25(split_identifiers), ()) for task in tasks]
+            rows[name] = ladder_row(name, tasks, rankings)
+        else:
+            print(f"{name}: not measured; pip install -r requirements.txt")
     for name, model, directory in models_of(options):
         length = options.max_tokens or model.config.trained_length
-        rows[name] = row_of(tasks, {task.name: task.rank(model, length) for task in tasks})
+        rows[name] = ladder_row(name, tasks, [task.rank(model, length) for task in tasks])
         for task in tasks if directory else ():
             title = f"{options.split} split of {task.name}, among {len(task.documents):,} documents"
             record(directory, title, means(rows[name][task.name]))
     save_results(options.out, "ladder", rows)
-    print_ladder(rows, [task.name for task in tasks])
     if Path(options.out, "mlm").is_dir():
-        words = masked_words(options)
-        save_results(options.out, "masked", words)
-        print(
-            f"\nafter mlm, {words['tokens']:,} masked tokens of {options.split} text: accuracy "
-            f"{words['accuracy']['mean']:.3f} ±{words['accuracy']['error']:.3f}, "
-            f"perplexity {words['perplexity']:.1f}"
-        )
+        masked = NomicBertForMaskedLM.from_pretrained(f"{options.out}/mlm", device=best_device())
+        folder = f"{options.data}/stage1/{options.split}"
+        texts = Sequences(folder, masked.bert.tokenizer, masked.config.trained_length)
+        loss, hit = held_out_scores(masked, [texts[i] for i in range(len(texts))])
+        accuracy, perplexity = summary(hit), math.exp(loss.mean())
+        save_results(options.out, "masked", {"accuracy": accuracy, "perplexity": perplexity})
+        print(f"\nafter stage 1: {len(loss):,} masked tokens of {options.split} text, "
+              f"{percent(accuracy)} predicted, perplexity {perplexity:.1f}")  # fmt: skip
 
 
-def row_of(tasks, rankings):
-    row = {}
-    for task in tasks:
-        ranking, cosines = rankings[task.name]
-        row[task.name] = {name: summary(values) for name, values in task.scores(ranking).items()}
+def percent(score):
+    return f"{score['mean']:.3f} ±{score['error']:.3f}"
+
+
+def means(row):
+    return {metric: value["mean"] for metric, value in row.items() if isinstance(value, dict)}
+
+
+def ladder_row(name, tasks, rankings):
+    """Prints and returns the scores of a row: task -> metric -> mean and standard error."""
+    row, line = {}, f"{name:28}"
+    for task, (ranking, cosines) in zip(tasks, rankings, strict=True):
+        row[task.name] = {metric: summary(v) for metric, v in task.scores(ranking).items()}
         if cosines:
-            row[task.name] |= dict(
-                zip(("cosine of pairs", "cosine at random"), cosines, strict=True)
-            )
+            row[task.name] |= {"cosine of pairs": cosines[0], "cosine at random": cosines[1]}
+        line += f"{percent(row[task.name]['nDCG@10']):>32}{row[task.name]['MRR@10']['mean']:10.3f}"
+    print(line, flush=True)
     return row
 
 
@@ -108,24 +292,10 @@ def models_of(options):
         model = NomicBert.from_pretrained(Path(options.out, stage), device=best_device())
         if stage == trained[0]:
             torch.manual_seed(options.seed)
-            untrained = NomicBert(model.config)
-            untrained.to(model.device)
+            untrained = NomicBert(model.config).to(model.device)
             untrained.tokenizer, untrained.dtype = model.tokenizer, model.dtype
             yield "random weights", untrained, None
-        yield f"after {stage}", model, Path(options.out, stage)
-
-
-def masked_words(options):
-    """Stage 1's model on held-out text: how many of the masked tokens it finds, and perplexity."""
-    model = NomicBertForMaskedLM.from_pretrained(Path(options.out, "mlm"), device=best_device())
-    folder = f"{options.data}/stage1/{options.split}"
-    texts = store.Sequences(folder, model.bert.tokenizer, model.config.trained_length)
-    loss, hit = held_out_scores(model, [texts[i] for i in range(len(texts))])
-    return {"accuracy": summary(hit), "perplexity": math.exp(loss.mean()), "tokens": len(loss)}
-
-
-def means(row):
-    return {metric: value["mean"] for metric, value in row.items() if isinstance(value, dict)}
+        yield f"after stage {STAGES.index(stage) + 1}", model, Path(options.out, stage)
 
 
 def record(directory, title, values):
@@ -138,24 +308,8 @@ def record(directory, title, values):
 def save_results(out, key, value):
     """Sets one entry of OUT/results.json and keeps the others."""
     path = Path(out, "results.json")
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    text = json.dumps({**results, key: value}, indent=1)
-    common.replace(path, lambda temporary: temporary.write_text(text))
-
-
-def print_ladder(rows, tasks):
-    print(f"\n{'':24}" + "".join(f"{task:^48}" for task in tasks))
-    print(
-        f"{'':24}" + f"{'nDCG@10':>14}{'MRR@10':>9}{'recall':>8}{'cos + / random':>17}" * len(tasks)
-    )
-    for name, row in rows.items():
-        print(f"{name:24}", end="")
-        for scores in (row[task] for task in tasks):
-            print(f"{scores['nDCG@10']['mean']:8.3f} ±{scores['nDCG@10']['error']:.3f}", end="")
-            print("".join(f"{scores[key]['mean']:9.3f}" for key in ("MRR@10", "recall@10")), end="")
-            cosines = [scores[key] for key in scores if key.startswith("cosine")]
-            print(f"{' / '.join(f'{cosine:.2f}' for cosine in cosines):>16}", end="")
-        print()
+    results = read_json(path) if path.is_file() else {}
+    write_json(path, {**results, key: value})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -164,7 +318,7 @@ def print_ladder(rows, tasks):
 
 def scalings(times):
     """Ways to read a text of `times` the trained length. Linear and NTK must be told how long it
-    is; Dynamic NTK sees for itself."""
+    is; Dynamic NTK sees it from the text."""
     return {
         "plain RoPE": {"scaling": "none"},
         "linear": {"scaling": "linear", "factor": float(times)},
@@ -176,21 +330,20 @@ def scalings(times):
 def long(options, times=(1, 2, 4, 8, 16)):
     """Masked accuracy after stage 1, and retrieval of long documents by the last stage's model, at
     1, 2, ... 16 times the trained length."""
-    masked = NomicBertForMaskedLM.from_pretrained(Path(options.out, "mlm"), device=best_device())
+    masked = NomicBertForMaskedLM.from_pretrained(f"{options.out}/mlm", device=best_device())
     encoder = NomicBert.from_pretrained(last_stage(options.out), device=best_device())
     length = masked.config.trained_length
-    column = store.Source(f"{options.data}/stage1/long", masked.bert.tokenizer).columns["document"]
+    column = Source(f"{options.data}/stage1/long", masked.bert.tokenizer).columns["document"]
     longest = length * max(times)
     windows = [
         ids[i : i + longest].astype(np.int64)
         for ids in (column[row] for row in range(len(column)))
         for i in range(0, len(ids) - longest + 1, longest)
     ]
-    task = Retrieval(Path(options.data, "long", "pages"), "test")
+    task, table = Retrieval(Path(options.data, "long", "pages"), "test"), {}
     print(f"{len(windows)} windows of {longest} held-out tokens: the same masks at every length")
-    print(f"{len(task.queries)} queries, {len(task.documents)} long documents cut to each length\n")
-    print(f"{'':14}{'length':>8}{'masked accuracy':>20}{'loss':>8}{'nDCG@10':>20}")
-    table = {}
+    print(f"{len(task.queries)} queries, {len(task.documents)} documents truncated to each length")
+    print(f"\n{'':14}{'tokens':>8}{'masked accuracy':>20}{'loss':>8}{'nDCG@10':>20}")
     for name in scalings(1):
         for n in times:
             masked.bert.rope = dataclasses.replace(masked.bert.rope, **scalings(n)[name])
@@ -200,87 +353,13 @@ def long(options, times=(1, 2, 4, 8, 16)):
             row = {"accuracy": hit, "loss": loss, "nDCG@10": task.scores(rankings)["nDCG@10"]}
             row = {metric: summary(values) for metric, values in row.items()}
             table.setdefault(name, {})[n * length] = row
-            accuracy, ndcg = (
-                f"{row[m]['mean']:.3f} ±{row[m]['error']:.3f}" for m in ("accuracy", "nDCG@10")
-            )
-            print(
-                f"{name:14}{n * length:8}{accuracy:>20}{row['loss']['mean']:8.3f}{ndcg:>20}",
-                flush=True,
-            )
+            cells = f"{percent(row['accuracy']):>20}{row['loss']['mean']:8.3f}"
+            print(f"{name:14}{n * length:8}{cells}{percent(row['nDCG@10']):>20}", flush=True)
     save_results(options.out, "long", {"trained length": length, "table": table})
 
 
 # ------------------------------------------------------------------------------------------------
-# Texts from elsewhere
-
-
-def open_model(options):
-    """(model, its directory, the length that texts are cut to)."""
-    directory = find(options.model) if options.model else last_stage(options.out)
-    factor = options.rope_factor or None
-    model = NomicBert.from_pretrained(directory, rope_factor=factor, device=best_device())
-    return model, directory, options.max_tokens or model.config.trained_length
-
-
-def similarity_of_pairs(options, path):
-    """Spearman and Pearson on a file of scored pairs."""
-    read_pairs(path)  # a mistake there shows itself before the model is opened
-    model, directory, length = open_model(options)
-    scores = sts(model, path, length, options.dims or None)
-    print(
-        f"{Path(path).name}, {scores['pairs']:,} pairs: "
-        f"Spearman {scores['Spearman']:.4f}, Pearson {scores['Pearson']:.4f}"
-    )
-    save_results(options.out, f"sts {path}", scores)
-    record(directory, f"similarity of the pairs in {Path(path).name}", scores)
-
-
-def retrieval_of_folder(options, folder):
-    """nDCG and its like on each split of a task in the BEIR layout, beside BM25."""
-    splits = sorted(path.name.split(".")[0] for path in Path(folder, "qrels").glob("*.tsv*"))
-    if not splits:
-        raise InputError(f"{folder} has no qrels/*.tsv: a task has the layout in retrieval.py")
-    tasks = {split: Retrieval(folder, split) for split in splits}
-    model, directory, length = open_model(options)
-    for split, task in tasks.items():
-        sizes = f"{len(task.queries):,} queries, {len(task.documents):,} documents"
-        print(f"{task.name}, {split}: {sizes}")
-        print(f"{'':20}" + "".join(f"{metric:>17}" for metric in METRICS))
-        rankings = {}
-        if importlib.util.find_spec("bm25s"):
-            rankings["BM25"] = bm25_rank(task)
-        rankings[str(directory)], _ = task.rank(model, length, dims=options.dims or None)
-        for name, ranking in rankings.items():
-            row = {metric: summary(values) for metric, values in task.scores(ranking).items()}
-            cells = (f"{value['mean']:.4f} ±{value['error']:.4f}" for value in row.values())
-            print(f"{name[-19:]:20}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
-            save_results(options.out, f"retrieval {folder} {split} {name}", row)
-        record(directory, f"{split} split of {task.name}", means(row))
-
-
-def benchmark(options):
-    """Tasks of MTEB, by its own library."""
-    if not options.tasks:
-        raise InputError("mteb: give --tasks=STSBenchmark,SciFact, or files and folders")
-    try:
-        from mteb_run import run_mteb
-    except ImportError:
-        raise InputError("mteb is not installed: pip install -r requirements-test.txt") from None
-    model, directory, length = open_model(options)
-    name = options.model or str(directory)
-    tasks = options.tasks.split(",")
-    for task, splits in run_mteb(
-        model, name, tasks, options.out, length, options.dims or None
-    ).items():
-        for split, subsets in splits.items():
-            score = float(np.mean([scores["main_score"] for scores in subsets]))
-            print(f"{task:30}{split:8}main score {score:.4f}")
-            record(directory, f"MTEB {task}, {split}", {"main score": score})
-    print(f"all scores, in mteb's layout: {options.out}/mteb/results/")
-
-
-# ------------------------------------------------------------------------------------------------
-# Search
+# Data from elsewhere
 
 
 def last_stage(out):
@@ -291,33 +370,141 @@ def last_stage(out):
     raise InputError(f"nothing was trained in {out}: make demo, or --model=DIR")
 
 
-def search(options, query):
+def open_model(options):
+    """(model, its directory, the length that texts are truncated to)."""
+    directory = find_checkpoint(options.model) if options.model else last_stage(options.out)
+    factor = options.rope_factor or None
+    model = NomicBert.from_pretrained(directory, rope_factor=factor, device=best_device())
+    return model, directory, options.max_tokens or model.config.trained_length
+
+
+def sts(options, path):
+    """Semantic textual similarity: do cosines order pairs of sentences as people's scores do?
+
+    Both sentences take the prefix of classification, as in the paper (sec. 5.2.1)."""
+    first, second, scores = read_scored_pairs(path)
+    model, directory, length = open_model(options)
+    x, y = (
+        model.encode(
+            [PREFIXES["classification"] + text for text in texts], length, options.dims or None
+        )
+        for texts in (first, second)
+    )
+    cosines = (x * y).sum(1)
+    found = {"Spearman": spearman(cosines, scores), "Pearson": pearson(cosines, scores)}
+    print(f"{Path(path).name}, {len(scores):,} pairs: Spearman {found['Spearman']:.4f}, "
+          f"Pearson {found['Pearson']:.4f}")  # fmt: skip
+    save_results(options.out, f"sts {path}", found)
+    record(directory, f"similarity of the pairs in {Path(path).name}", found)
+
+
+def retrieval(options, folder):
+    """The metrics on each split of a task in the BEIR layout, beside BM25."""
+    splits = splits_of(folder)
+    if not splits:
+        raise InputError(f"{folder} has no qrels/*.tsv: the layout of a task is in data/tasks.py")
+    tasks = {split: Retrieval(folder, split) for split in splits}
+    model, directory, length = open_model(options)
+    for split, task in tasks.items():
+        sizes = f"{len(task.queries):,} queries, {len(task.documents):,} documents"
+        print(f"{task.name}, {split}: {sizes}")
+        print(f"{'':20}" + "".join(f"{metric:>17}" for metric in METRICS))
+        rankings = {"BM25": task.rank_bm25()} if importlib.util.find_spec("bm25s") else {}
+        rankings[str(directory)], _ = task.rank(model, length, dims=options.dims or None)
+        for name, ranking in rankings.items():
+            row = {metric: summary(values) for metric, values in task.scores(ranking).items()}
+            cells = "".join(f"{percent(value):>17}" for value in row.values())
+            print(f"{name[-19:]:20}{cells}", flush=True)
+            save_results(options.out, f"retrieval {folder} {split} {name}", row)
+        record(directory, f"{split} split of {task.name}", means(row))
+
+
+def mteb(options):
+    """Tasks of MTEB, through its own library."""
+    if not options.tasks:
+        raise InputError("mteb: give --tasks=STSBenchmark,SciFact, or other names of tasks")
+    if not importlib.util.find_spec("mteb"):
+        raise InputError("mteb is not installed: pip install -r requirements-dev.txt")
+    from common.mteb_adapter import run_mteb
+
+    model, directory, length = open_model(options)
+    name, dims = options.model or str(directory), options.dims or None
+    for task, score in run_mteb(
+        model, name, options.tasks.split(","), options.out, length, dims
+    ).items():
+        print(f"{task:40}main score {score:.4f}")
+        record(directory, f"MTEB {task}", {"main score": score})
+    print(f"all scores, in mteb's layout: {options.out}/mteb/results/")
+
+
+# ------------------------------------------------------------------------------------------------
+# Search
+
+
+def index(model, directory, corpus, max_tokens):
+    """Embeddings (n, E) of the documents of a corpus.jsonl, kept beside the checkpoint: to embed
+    them takes the time. A query then is one text through the model and one matrix product."""
+    key = " ".join(
+        [str(max_tokens), fingerprint(directory / "model.safetensors"), fingerprint(corpus)]
+    )
+    cache = directory / "search.npz"
+    with contextlib.suppress(Exception):  # a damaged cache is made again
+        kept = np.load(cache)
+        if str(kept["key"]) == key:
+            return kept["embeddings"].astype(np.float32)
+    texts = [json.loads(line)["text"] for line in corpus.read_bytes().splitlines()]
+    print(f"embedding {len(texts):,} documents, once for this checkpoint", file=sys.stderr)
+    embeddings = model.encode([PREFIXES["document"] + text for text in texts], max_tokens)
+    embeddings = embeddings.astype(np.float16)
+    with contextlib.suppress(InputError):  # a read-only checkpoint is searched without a cache
+        write_whole(cache, lambda p: np.savez(open(p, "wb"), key=key, embeddings=embeddings))
+    return embeddings.astype(np.float32)
+
+
+def search(options, query=None):
     """Prints the ten best documents; without a query, asks for queries until an empty line."""
-    directory = find(options.model) if options.model else last_stage(options.out)
-    index = Index(directory, options.data, options.max_tokens)
+    if query is not None and not query.strip():
+        raise InputError('the query is empty: python evaluate.py search "how do I read a csv file"')
+    model, directory, length = open_model(options)
+    corpus = Path(options.data, "search", "corpus.jsonl")
+    if not corpus.is_file():
+        raise InputError(f"{corpus} is missing: python data/pydocs.py makes out/pydocs")
+    embeddings, rows = index(model, directory, corpus, length), corpus.read_bytes().splitlines()
     for asked in typed_queries() if query is None else [query]:
-        for score, name, text in index.search(asked):
-            text = " ".join(text.removeprefix(name).split())
-            print(f"{score:.3f}  {name}\n       {text[:90]}")
+        scores, numbers = top_k(model.encode([PREFIXES["query"] + asked]), embeddings, k=10)
+        for score, number in zip(scores[0], numbers[0], strict=True):
+            row = json.loads(rows[number])
+            text = " ".join(row["text"].removeprefix(row["_id"]).split())
+            print(f"{score:.3f}  {row['_id']}\n       {text[:90]}")
+
+
+def typed_queries():
+    """What a person types, until an empty line or the end of the input."""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while query := input("search> ").strip():
+            yield query
 
 
 # ------------------------------------------------------------------------------------------------
 
 
+def plot(options):
+    from common.plots import plot_all
+
+    print("\n".join(f"wrote {path}" for path in plot_all(options.out)))
+
+
 def main(arguments):
-    words = [argument for argument in arguments if not argument.startswith("--")]
-    options, _ = read_options(Options, [a for a in arguments if a.startswith("--")])
+    words, arguments = split_words(arguments)
+    options, _ = read_options(Options, arguments)
     command = words.pop(0) if words else "ladder"
+    commands = {"ladder": ladder, "long": long, "plot": plot, "mteb": mteb}
     if command == "search":
         search(options, " ".join(words) if words else None)
+    elif command in commands and not words:
+        commands[command](options)
     elif command in ("sts", "retrieval") and len(words) == 1:
-        {"sts": similarity_of_pairs, "retrieval": retrieval_of_folder}[command](options, words[0])
-    elif command == "plot" and not words:
-        from plots import plot_all
-
-        print("\n".join(f"wrote {path}" for path in plot_all(options.out)))
-    elif command in ("ladder", "long", "mteb") and not words:
-        {"ladder": ladder, "long": long, "mteb": benchmark}[command](options)
+        {"sts": sts, "retrieval": retrieval}[command](options, words[0])
     else:
         raise InputError(
             f"{' '.join([command, *words])}: give search, long, plot, sts FILE, retrieval FOLDER, "
@@ -326,4 +513,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

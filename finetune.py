@@ -1,85 +1,77 @@
 """Stage 3: finetuning on supervised pairs with hard negatives (sec. 3.3, 4.2.4).
 
 The other documents of a batch are easy to tell from the right one: most are about something else.
-Once a model can do that, what is left to learn are the near misses. So it finds them itself: search
-all documents with each query; what comes near the top and is not the answer is a hard negative
-(mining.py).
+Once a model can do that, what is left to learn are the near misses. The model finds them itself:
+search all documents with each query; what ranks high and is not the answer is a hard negative.
 
-Some near misses are answers that nobody marked. A document that scores as high as the marked one
-probably is one, and training against it would teach a falsehood; so these are dropped.
+Hard, and negative: some near misses are answers that nobody marked, and training against one
+teaches a falsehood. A document that scores as high as the marked one probably is one, and is
+dropped.
 
     python finetune.py --init=out/contrastive                # from stage 2
-    python finetune.py --init=out/contrastive --matryoshka   # embeddings that may be cut short
+    python finetune.py --init=out/contrastive --matryoshka   # embeddings that may be truncated
     python finetune.py --help                                # all options
     torchrun --nproc-per-node=8 finetune.py --preset=paper --init=out/contrastive --data=DIR
 
 The loss is that of stage 2. Each query sees the documents of the whole batch, and the hard
-negatives of the whole batch: so the released code; the paper's eq. 2 shows a query's own negatives.
+negatives of the whole batch, as in the released code; the paper's eq. 2 has a query's own only.
 """
 
-import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import common
-import processes
-from check import check_stage
-from contrastive import backpropagate, gather, info_nce
-from data import store
-from estimate import dry_run, speed
-from mining import check_mining, choose_negatives, mine
-from options import read_options, run
-from retrieval import Retrieval, dev_scores
+from common import distributed
+from common.files import write_whole
+from common.options import InputError, cli, read_options
+from common.run import Run, adamw, set_lr
+from contrastive import backward_batch, embed, first_model, gather, info_nce_in_blocks
+from data import pydocs, store
+from evaluate import Retrieval, dev_scores, distinct, top_k
+from model import training_flops
 
 
 @dataclass
 class Config:
     preset: str = "laptop"  # a named set of values: laptop, gpu or paper
-    data: str = "out/pydocs"  # a data folder; this one is made where it is missing
+    data: str = "out/pydocs"  # a data folder; the default one is made where it is missing
     init: str = ""  # a checkpoint to start from, such as out/contrastive; empty: random weights
-    out: str = "out/finetune"  # for the checkpoint and log; an earlier run moves to OUT.previous
-    resume: bool = False  # continue the run in OUT from its last checkpoint
-    check: bool = False  # train nothing, and examine machine, data and a short run instead
-    seed: int = 0  # decides the first weights, the order of the data, and which negatives are drawn
-    dry_run: bool = False  # train nothing, and print what a run would take: memory, hours
-    precision: str = "auto"  # of the activations: bf16, float32, float64; auto: bf16 where fast
-    attention: str = "auto"  # flash-attn, varlen, portable, or auto: the first that works here
-    compile: bool = False  # fuse the operations of a block: pays where a run takes many minutes
-    zero: bool = False  # share the optimizer's state out among the processes (ZeRO)
+    out: str = "out/finetune"  # for the checkpoint and the log
+    resume: bool = False  # insist on continuing the run in OUT (the same command does it anyway)
+    seed: int = 0  # decides first weights, order of the data, and draws of negatives [0, 1e18]
+    precision: str = "auto"  # of the activations: bf16, float32, or auto: bf16 where it is faster
+    compile: bool = False  # fuse the operations of a block: pays in runs of many minutes
 
-    hidden_size: int = 256  # C; this and the next five come from the checkpoint where there is one
-    num_hidden_layers: int = 1  # transformer blocks
-    num_attention_heads: int = 4  # H; the paper's heads have 64 features too
-    intermediate_size: int = 512  # width of the feed-forward layers
-    rope_base: float = 1000.0  # sec. 3.4
-    trained_length: int = 128  # tokens; Dynamic NTK is for longer texts
+    hidden_size: int = 256  # C; this and the next five come from --init, if given [2, 65536]
+    num_hidden_layers: int = 1  # transformer blocks [1, 1000]
+    num_attention_heads: int = 4  # H; heads of 64 features, as the paper's [1, 1000]
+    intermediate_size: int = 512  # width of the feed-forward layers [1, 1e6]
+    rope_base: float = 1000.0  # sec. 3.4 [1, 1e9]
+    trained_length: int = 128  # tokens; Dynamic NTK is for longer texts [4, 1e6]
 
-    negatives: int = 1  # hard negatives of a query in a step, drawn from those mined; 0: none
-    mined: int = 20  # documents nearest to a query, among which its negatives are sought
-    miner: str = "model"  # what finds them: the model that the run begins with, or bm25
-    margin: float = 1.0  # at this share of the right document's score, a near miss is an answer
+    negatives: int = 1  # hard negatives of a query in a step, drawn from those mined [0, 1000]
+    mined: int = 20  # documents nearest to a query, among which its negatives are [1, 10000]
+    margin: float = 1.0  # a document at this share of the right one's score is one too [0.01, inf]
     batch_size: int = 512  # pairs in a step, over all processes
-    query_tokens: int = 48  # queries are cut to this length
-    document_tokens: int = 64  # documents are cut to this length
-    temperature: float = 0.02  # divides the cosines: a logit scale of 50, fixed [code]
-    matryoshka: bool = False  # train the first 64, 128, 256, ... dimensions to be embeddings too
+    query_tokens: int = 48  # queries are truncated to this length [3, 1e6]
+    document_tokens: int = 64  # documents are truncated to this length [3, 1e6]
+    temperature: float = 0.02  # divides the cosines: a logit scale of 50, fixed [code] [0.001, 100]
+    matryoshka: bool = False  # train the first 64, 128, 256, ... dimensions as embeddings too
     micro_batch_tokens: int = 4096  # tokens that go through the model at once: what a cache holds
-    tokens_in_memory: int = 65_536  # larger batches, in each process, go through GradCache
+    tokens_in_memory: int = 65_536  # larger batches, in each process, use GradCache [0, 1e9]
 
     steps: int = 50  # optimizer steps
-    lr: float = 1e-3  # peak of the learning rate
-    warmup: int = 5  # steps in which the rate rises
-    weight_decay: float = 0.01  # of matrices; norms have none
-    clip: float = 1.0  # longest gradient
+    lr: float = 1e-3  # peak of the learning rate [0, 1000]
+    warmup: int = 5  # steps in which the rate rises [0, 1e9]
+    weight_decay: float = 0.01  # of matrices; norms have none [0, 1]
+    clip: float = 1.0  # largest norm of the gradient [0, 1e9]
 
     log_every: int = 10  # steps between lines of the log
-    eval_every: int = 25  # steps between scores on held-out pairs, with an example (0: never)
+    eval_every: int = 25  # steps between scores on held-out pairs; 0: never [0, 1e9]
     save_every: int = 25  # steps between checkpoints
-    stop_after: int = 0  # leave after this step as if interrupted; --resume goes on (0: never)
-    overfit: bool = False  # show the first batch again and again: the loss must fall towards 0
 
 
 PRESETS = {
@@ -116,7 +108,6 @@ PRESETS = {
         "micro_batch_tokens": 65_536,  # ours; it does not change the result
         "tokens_in_memory": 65_536,  # the released code has no GradCache here, and more memory
         "compile": True,
-        "zero": True,  # ours; [code] has it for masked words only
         "steps": 6612,  # one epoch of 1,692,672 pairs (table 3)
         "lr": 2e-5,
         "warmup": 400,
@@ -135,6 +126,164 @@ def learning_rate(step, config):
 
 
 # ------------------------------------------------------------------------------------------------
+# The lesson: hard, and negative
+
+
+def likely_answers(query, document, right, found, margin=1.0):
+    """Which documents that were found for a query are probably right: those that score as high as
+    its own or, at margin 0.95, not more than 5% below. At margin inf, none is.
+
+    query (b, E), document (m, E) at unit length; right (b,), found (b, k) numbers of documents
+    -> bool (b, k)."""
+    candidates = np.concatenate((right[:, None], found), axis=1)
+    scores = np.einsum("be,bke->bk", query, document[candidates])  # equal texts, equal scores
+    own, scores = scores[:, :1], scores[:, 1:]
+    return scores >= own - (1 - margin) * abs(own)
+
+
+def mine_hard_negatives(query, document, right, found, known, margin=1.0):
+    """Of the documents found for each query, those that are wrong, and not likely to be right.
+
+    query (b, E), document (m, E) at unit length; right (b,) and found (b, k), nearest first:
+    numbers of documents; known (b, k): which of them are marked as answers -> negatives (b, k), the
+    hardest first, -1 where one was dropped."""
+    answers = known | likely_answers(query, document, right, found, margin)
+    negatives = np.where(answers, -1, found)
+    kept_first = np.argsort(negatives < 0, axis=1, kind="stable")
+    return np.take_along_axis(negatives, kept_first, axis=1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Mining a source
+
+
+class Answers:
+    """Which documents are right for a query, as far as the pairs of a source say. The same text may
+    stand in several rows, and what any equal query has as its answer is no negative.
+
+    first (m,): a row with each different document; right (n,): which of these m documents each row
+    has. Texts are compared as the model reads them, truncated."""
+
+    def __init__(self, source, query_tokens, document_tokens):
+        def numbers(column, tokens):
+            rows = range(len(source))
+            return distinct(source.texts(column, [i], tokens)[0].tobytes() for i in rows)
+
+        _, self.query = numbers("query", query_tokens)
+        self.first, self.right = numbers("document", document_tokens)
+        self.pairs = np.unique(self.query * len(self.first) + self.right)
+
+    def known(self, rows, found):
+        """Which of the documents found (b, k) are marked as answers to the queries of rows (b,)."""
+        return np.isin(self.query[rows][:, None] * len(self.first) + found, self.pairs)
+
+    def of(self, row):
+        """The numbers of all documents that are marked as answers to the query of a row."""
+        start = self.query[row] * len(self.first)
+        begin, end = np.searchsorted(self.pairs, [start, start + len(self.first)])
+        return self.pairs[begin:end] - start
+
+
+def fill_up(negatives, count, documents, answers, rng):
+    """A row's negatives (k,), -1 where there is none, with random documents until there are
+    `count`, as in the released code. Marked answers are not drawn; unmarked ones may be.
+
+    Raises InputError where fewer than `count` documents are no marked answers."""
+    if documents - len(answers) < count:
+        raise InputError(
+            f"--negatives={count}: of {documents} different documents, {len(answers)} answer the "
+            "same query"
+        )
+    filled = negatives[negatives >= 0].tolist()
+    while len(filled) < count:
+        other = int(rng.integers(documents))
+        if other not in answers and other not in filled:
+            filled.append(other)
+    return filled + [-1] * (len(negatives) - len(filled))
+
+
+@torch.no_grad()
+def mine_source(model, source, config):
+    """The negatives of each row (n, k) as rows of the source, hardest first, -1 where there are no
+    more. Documents and queries are shared out among the processes; all hold the embeddings of all
+    documents: 5 GB for the paper's 1.7 million."""
+    answers = Answers(source, config.query_tokens, config.document_tokens)
+    documents, width = len(answers.first), max(config.mined, config.negatives)
+
+    def embeddings_of(column, rows, tokens):
+        texts = source.texts(column, rows, tokens)
+        return embed(model, texts, config.micro_batch_tokens).float().cpu().numpy()
+
+    document = distributed.compute_in_shares(
+        lambda rows: embeddings_of("document", answers.first[list(rows)], config.document_tokens),
+        (documents, model.config.hidden_size),
+        torch.float32,
+    ).numpy()
+
+    def negatives_of(rows):
+        rows = np.array(rows)
+        query = embeddings_of("query", rows, config.query_tokens)
+        # one more than asked for: the right document is among them
+        _, found = top_k(query, document, min(width + 1, documents), device=model.device)
+        known, right = answers.known(rows, found), answers.right[rows]
+        mined = mine_hard_negatives(query, document, right, found, known, config.margin)
+        mined = np.pad(mined, ((0, 0), (0, width)), constant_values=-1)[:, :width]
+        for i in np.flatnonzero((mined >= 0).sum(1) < config.negatives):
+            rng = np.random.default_rng([config.seed, rows[i]])
+            mined[i] = fill_up(mined[i], config.negatives, documents, answers.of(rows[i]), rng)
+        return np.where(mined < 0, -1, answers.first[mined])
+
+    shape = (len(source), width)
+    mined = distributed.compute_in_shares(negatives_of, shape, torch.int64).numpy()
+    distributed.print_once(
+        f"{source.name}: {len(source):,} queries, {documents:,} different documents, "
+        f"{(mined >= 0).sum() / len(source):.1f} negatives mined for each query"
+    )
+    return mined
+
+
+def mine(model, sources, config, step):
+    """Mines each source with the model that the run starts with: name -> negatives (n, k). Sources
+    that bring negatives keep those ("if not already mined", sec. 4.2.4).
+
+    They stay in OUT/negatives.npz: a run that continues at a later step has another model, and
+    needs the same negatives."""
+    path = Path(config.out, "negatives.npz")
+    if not distributed.call_everywhere(path.is_file):
+        if step:
+            raise InputError(f"{path} is missing: the run cannot continue without its negatives")
+        without = [source for source in sources if "negative" not in source.columns]
+        mined = {source.name: mine_source(model, source, config) for source in without}
+        if distributed.is_first():
+            write_whole(path, lambda temporary: np.savez(open(temporary, "wb"), **mined))
+    distributed.wait_for_all()
+    return dict(np.load(path))
+
+
+def choose_negatives(source, mined, row, count, max_tokens, rng):
+    """`count` hard negatives of a row, as token ids, drawn at random and anew in every epoch: its
+    own, where the source brings some, else mined ones. A row with fewer own ones gets random
+    documents of other rows besides."""
+    if source.name in mined:
+        rows = mined[source.name][row]
+        rows = rng.choice(rows[rows >= 0], count, replace=False)
+        return source.texts("document", rows, max_tokens)
+    own = np.array(source.negatives(row), np.int64)
+    texts = source.texts("negative", rng.choice(own, min(count, len(own)), False), max_tokens)
+    (right,) = source.texts("document", [row], max_tokens)
+    for other in rng.integers(len(source), size=100 + count):
+        if len(texts) == count:
+            return texts
+        (text,) = source.texts("document", [other], max_tokens)
+        if not np.array_equal(text, right):
+            texts.append(text)
+    raise InputError(
+        f"{source.name}: row {row} has {len(own)} negatives, and nearly all rows have its "
+        f"document: lower --negatives={count}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------
 # The lesson: Matryoshka embeddings (Kusupati et al., arXiv 2205.13147)
 
 
@@ -145,11 +294,11 @@ def matryoshka_sizes(hidden_size):
 
 def matryoshka_loss(query, document, temperature, first, sizes):
     """InfoNCE of the first dimensions, for each of the sizes, all with weight 1: so the beginning
-    of an embedding becomes one. (v1.5 takes off each embedding's mean before, as well.)"""
+    of an embedding becomes one. (v1.5 also subtracts each embedding's mean before.)"""
     loss = 0.0
     for size in sizes:
         q, d = F.normalize(query[:, :size], dim=-1), F.normalize(document[:, :size], dim=-1)
-        loss = loss + info_nce(q, d, temperature, first)
+        loss = loss + info_nce_in_blocks(q, d, temperature, first)
     return loss
 
 
@@ -158,35 +307,36 @@ def matryoshka_loss(query, document, temperature, first, sizes):
 
 def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
-    if config.dry_run:
-        return dry_run("finetune", config)
-    if config.check:
-        return check_stage(main, arguments, config)
-    rank, world, device = processes.start(config)
-    common.make_default_data(config.data)
-    model = common.open_encoder(config, origin)
+    rank, world, device = distributed.start(config.batch_size)
+    distributed.call_everywhere(lambda: rank == 0 and pydocs.make_if_missing(config.data))
+    run = Run("finetune", config, origin)
+    if run.finished:
+        return
+
+    model = first_model(run, config, origin, device)
     sources = store.open_sources(f"{config.data}/stage3", model.tokenizer)
     pairs = store.PairBatches(sources, config.batch_size, config.seed)
-    check_mining(config, sources)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
-    common.place(model, model, config, device)
-    optimizer = common.adamw(model, config, betas=(0.9, 0.999), eps=1e-8)
-    start = common.begin(config, origin, model, optimizer)
-    mined = mine(model, sources, config) if config.negatives else {}
-    sizes = matryoshka_sizes(model.config.hidden_size)[0 if config.matryoshka else -1 :]
-    share = config.batch_size // world  # pairs of this process
+    if config.negatives >= (smallest := min(map(len, sources))):
+        raise InputError(f"--negatives={config.negatives}: the smallest source has {smallest} rows")
+    betas, eps = (0.9, 0.999), 1e-8
+    optimizer = adamw(model, config.lr, config.weight_decay, betas, eps)
+    run.begin(model, optimizer, **model.about(), **pairs.about())
+    mined = mine(model, sources, config, run.step) if config.negatives else {}
+    share, negatives = config.batch_size // world, config.negatives  # pairs of this process
+    size = model.config.hidden_size
+    sizes = matryoshka_sizes(size) if config.matryoshka else [size]
 
     def batch_of(step):
-        """This process's share of a batch: queries, their documents, their hard negatives."""
-        batch = 0 if config.overfit else step
-        source, rows = pairs.at(batch)
+        """This process's share of a batch, all from one source: its queries, then its documents,
+        then the hard negatives of its queries."""
+        source, rows = pairs.at(step)
         rows = rows[rank * share : (rank + 1) * share]
         texts = source.texts("query", rows, config.query_tokens)
         texts += source.texts("document", rows, config.document_tokens)
-        for row in rows if config.negatives else ():
-            rng = np.random.default_rng([config.seed, batch, row])
-            n, length = config.negatives, config.document_tokens
-            texts += choose_negatives(source, mined, row, n, length, rng)
+        for row in rows if negatives else ():
+            rng = np.random.default_rng([config.seed, step, row])
+            texts += choose_negatives(source, mined, row, negatives, config.document_tokens, rng)
         return source.name, texts
 
     def loss_of(embeddings):  # (2 * share + share * negatives, E)
@@ -195,35 +345,26 @@ def main(arguments):
         loss = matryoshka_loss(query, candidates, config.temperature, rank * share, sizes)
         return loss / config.batch_size  # this process's part of the mean over the batch
 
-    batch_at, began, tokens = common.ahead(batch_of), time.perf_counter(), 0
-    for step in (bar := common.steps(start, config)):
-        source, texts = batch_at(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss = backpropagate(model, texts, loss_of, config)
-        processes.sum_gradients(model)
+    for step, (source, texts) in run.steps(batch_of):
+        optimizer.zero_grad()
+        loss = backward_batch(model, texts, loss_of, config)
+        distributed.sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        lr = common.set_lr(optimizer, learning_rate(step, config))
+        lr = set_lr(optimizer, learning_rate(step, config))
         optimizer.step()
-        done, tokens = step + 1, tokens + sum(map(len, texts))
 
-        saves = common.saves(done, config)
-        if done % config.log_every == 0 or saves:
-            loss = common.finite(processes.sum_over_processes(loss), done, config)
-            seconds = time.perf_counter() - began  # the loss is there, so a GPU has done it all
-            tokens = int(processes.sum_over_processes(tokens))  # since the line before
-            record = {"step": done, "loss": loss, "lr": lr, "tokens": tokens}
-            record |= speed(model.config, [*map(len, texts)], tokens, seconds, device, world)
-            record |= {"gradient_norm": norm.item(), "source": source}
-            sample = ""
-            due = config.eval_every and (done % config.eval_every == 0 or done == config.steps)
-            if due and rank == 0:  # the others wait for it in their next sum
-                scores, sample = dev_scores(model, dev, config.trained_length)
-                record |= scores
-            common.log(config, bar, record, sample)
-            if saves:
-                common.save(config, model, optimizer, done)
-            began, tokens = time.perf_counter(), 0
+        lengths = [len(text) for text in texts]
+        run.tokens += sum(lengths)
+        run.flops += training_flops(model.config, lengths)
+        if run.log_due(step):
+            loss = distributed.sum_over_processes(loss)
+            run.log(step, loss=loss, lr=lr, gradient_norm=norm, source=source)
+        if run.evaluation_due(step):
+            number = step // config.eval_every
+            scores, sample = dev_scores(model, dev, config.trained_length, number)
+            run.log(step, sample, **scores)
+        run.save(step)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

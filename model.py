@@ -1,24 +1,29 @@
 """NomicBert from scratch: the encoder of Nomic Embed (arXiv 2402.01613, sec. 4.1.2).
 
 What differs from BERT (Devlin et al., arXiv 1810.04805):
-- rotary positions instead of a table of positions (rope.py)
+- rotary position embeddings instead of a table of positions (rope.py)
 - SwiGLU instead of GELU in the feed-forward layers (Shazeer, arXiv 2002.05202)
 - no biases in linear layers; dropout 0 (the released code leaves its hidden dropout at 0.1)
 - a vocabulary padded to a multiple of 64
 
-What it keeps: post-norm, token type embeddings (type 0 everywhere), an MLM head whose last matrix
-is the table of word embeddings.
+What it keeps: post-norm, token type embeddings (type 0 everywhere), and an MLM head whose last
+matrix is the table of word embeddings.
 
 What differs from most PyTorch code: there is no padding and no attention mask. A batch is one
-packed stream of N tokens, and cu_seqlens says where its texts begin. Embeddings, norms and linear
-layers work on (N, C); only attention and pooling look at texts. Nothing is computed for padding,
-and no text's embedding depends on what it was batched with.
+packed stream of N tokens, and cu_seqlens (cumulative sequence lengths) says where its texts begin.
+Embeddings, norms and linear layers work on (N, C); only attention and pooling look at texts. No
+computation is spent on padding, and no text's embedding depends on what it was batched with.
 
 Shapes: N tokens in the packed batch, B texts, H heads, D head size, C = H * D hidden size,
-V vocabulary, M masked places. Modules have the names of the published checkpoints.
+V vocabulary, M masked positions. Modules have the names of the published checkpoints. In all files,
+[code] is the released training code, github.com/nomic-ai/contrastors at commit 613ddfd.
 """
 
-from dataclasses import dataclass
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -27,17 +32,16 @@ from torch import nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-import checkpoint
-import export
-from attention import attention, choose, packing
-from data.store import cut, micro_batches, pack, send
-from options import InputError
-from processes import fast_dtype
+from common import checkpoint
+from common.device import fast_dtype, move_to_device
+from common.options import InputError
+from data.store import pack, split_by_tokens, truncate
+from data.tasks import PREFIXES
 from rope import Rope, rope_angles, rotate
 
 
 @dataclass
-class Config:
+class ModelConfig:
     """The model's shape. The defaults are nomic-bert-2048, 136,731,648 parameters without head."""
 
     vocab_size: int = 30528  # bert-base-uncased's 30,522, padded to a multiple of 64
@@ -57,14 +61,25 @@ class Config:
     def head_size(self):
         return self.hidden_size // self.num_attention_heads
 
+    @classmethod
+    def from_options(cls, options, vocab_size, trained_length):
+        """The shape that the options of a stage ask for."""
+        size, heads = options.hidden_size, options.num_attention_heads
+        if size % (2 * heads):
+            raise InputError(f"--hidden-size={size} does not make {heads} heads of even size")
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        shape = {name: getattr(options, name) for name in (*names, "rope_base")}
+        # matrix products are fastest with multiples of 64
+        return cls(-(-vocab_size // 64) * 64, trained_length=trained_length, **shape)
+
 
 # ------------------------------------------------------------------------------------------------
 # Precision. Weights are float32; each layer casts them to the type of its input. That type is set
-# at one place, behind the embeddings, and from there a reader can follow it: there is no autocast.
+# in one place, after the embeddings, and a reader can follow it from there: there is no autocast.
 
 
 class Linear(nn.Linear):
-    """x W^T in the type of x. No bias, but in the MLM head of some checkpoints."""
+    """x W^T in the type of x. Only the MLM head of some checkpoints has a bias."""
 
     def __init__(self, in_features, out_features, bias=False):
         super().__init__(in_features, out_features, bias=bias)
@@ -83,10 +98,102 @@ class LayerNorm(nn.LayerNorm):
 
 
 def initialize(module):
-    """Normal with standard deviation 0.02, as BERT's; norms begin with weight 1 and bias 0."""
+    """Normal with standard deviation 0.02, as BERT; norms keep weight 1 and bias 0."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
             nn.init.normal_(part.weight, std=0.02)
+
+
+# ------------------------------------------------------------------------------------------------
+# Attention within each text of a packed batch: softmax(Q K^T / sqrt(D)) V
+
+
+@dataclass
+class Segments:
+    """Where the texts of a packed batch are."""
+
+    kernel: Callable | None  # reads cu_seqlens itself; None: PyTorch's own attention, by groups
+    cu_seqlens: torch.Tensor  # (B + 1,) int32, on the device
+    longest: int  # tokens of the longest text, or more: kernels size their grid by it
+    groups: list  # (length, number of texts) of each run of texts of equal length
+    order: torch.Tensor | None  # (N,) how to permute tokens so that equal lengths come together
+
+
+@functools.cache
+def varlen_kernel(device_type, dtype):
+    """A kernel that reads cu_seqlens: flash-attn's, where that package is installed, else torch's.
+    None on a CPU and in full precision, where there is none."""
+    if device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    try:
+        from flash_attn import flash_attn_varlen_func as kernel
+    except ImportError:
+        from torch.nn.attention.varlen import varlen_attn as kernel
+    return kernel
+
+
+def find_segments(cu_seqlens, kernel, device):
+    """Segments from cu_seqlens (B + 1,) int32, best on the CPU: fetching it from a GPU waits until
+    the GPU is done with all that it has to do."""
+    host = cu_seqlens.cpu().numpy()
+    lengths = np.diff(host)  # (B,)
+    cu_seqlens = move_to_device(cu_seqlens, device)
+    if kernel is not None:
+        # a power of two: few values, for each of which torch.compile may compile anew
+        longest = 1 << max(6, int(lengths.max() - 1).bit_length())
+        return Segments(kernel, cu_seqlens, longest, [], None)
+    order = None
+    if (np.diff(lengths) > 0).any():  # our own micro-batches are sorted already
+        by_length = np.argsort(-lengths, kind="stable")
+        parts = [np.arange(host[i], host[i + 1]) for i in by_length]
+        order = move_to_device(np.concatenate(parts), device)
+    values, counts = np.unique(-lengths, return_counts=True)
+    groups = [(-int(value), int(count)) for value, count in zip(values, counts, strict=True)]
+    return Segments(None, cu_seqlens, groups[0][0], groups, order)
+
+
+def packed_attention(q, k, v, segments):
+    """Attention within each text: (N, H, D) each -> (N, H, D)."""
+    if segments.kernel is None:
+        return grouped_attention(q, k, v, segments.groups)
+    texts, longest = segments.cu_seqlens, segments.longest  # the same for queries and keys
+    return segments.kernel(q, k, v, texts, texts, longest, longest)
+
+
+def grouped_attention(q, k, v, groups):
+    """PyTorch's own attention wants rectangles: texts of equal length share a call."""
+    outputs = []
+    sizes = [length * texts for length, texts in groups]
+    parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    for (length, texts), part in zip(groups, parts, strict=True):
+        # (texts * length, H, D) each -> (texts, H, length, D)
+        rectangles = (x.view(texts, length, *x.shape[1:]).transpose(1, 2) for x in part)
+        outputs.append(attend(*rectangles).transpose(1, 2).flatten(0, 1))  # (texts * length, H, D)
+    return torch.cat(outputs)
+
+
+def attend(q, k, v):
+    """softmax(Q K^T / sqrt(D)) V: (texts, H, length, D) each -> (texts, H, length, D)."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return attend_in_blocks(q, k, v)  # twice as fast there as PyTorch's fused kernel
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attend_in_blocks(q, k, v, scores_at_a_time=1 << 22):
+    """The same in plain matrix products, of some heads or some rows of one head at a time, so that
+    the scores stay in a CPU's cache (8 MiB of bf16)."""
+    shape, length, D = q.shape, *q.shape[2:]
+    q, k, v = (x.reshape(-1, length, D) for x in (q, k, v))  # (texts * H, length, D)
+    heads = max(1, scores_at_a_time // length**2)
+    rows = max(1, scores_at_a_time // length)
+    scale, nothing, outputs = D**-0.5, q.new_empty(1, 1, 1), []
+    for q_, k_, v_ in zip(q.split(heads), k.split(heads), v.split(heads), strict=True):
+        for block in q_.split(rows, dim=1):  # (heads, rows, D)
+            # Q K^T / sqrt(D) in one pass over the scores: (heads, rows, length)
+            scores = torch.baddbmm(nothing, block, k_.mT, beta=0, alpha=scale)
+            outputs.append(scores.softmax(-1) @ v_)
+    # with several heads at a time there is one block of rows, else there is one head at a time
+    return torch.cat([x.flatten(0, 1) for x in outputs]).view(shape)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -100,10 +207,10 @@ class Attention(nn.Module):
         self.Wqkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, cos, sin, packing):
+    def forward(self, x, cos, sin, segments):
         q, k, v = self.Wqkv(x).view(-1, 3, self.heads, self.head_size).unbind(1)  # (N, H, D) each
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.out_proj(attention(q, k, v, packing).flatten(1))  # (N, C)
+        return self.out_proj(packed_attention(q, k, v, segments).flatten(1))  # (N, C)
 
 
 class GatedMLP(nn.Module):
@@ -129,8 +236,8 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config)
         self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x, cos, sin, packing):
-        x = self.norm1(x + self.attn(x, cos, sin, packing))
+    def forward(self, x, cos, sin, segments):
+        x = self.norm1(x + self.attn(x, cos, sin, segments))
         return self.norm2(x + self.mlp(x))
 
 
@@ -166,8 +273,7 @@ class NomicBert(nn.Module):
         self.rope = Rope(
             config.rope_base, config.trained_length, config.rope_scaling, config.rope_factor
         )
-        self.dtype = torch.float32  # of the activations
-        self.attention = "auto"  # the way to compute it (attention.py)
+        self.dtype = torch.get_default_dtype()  # of the activations
         self.tokenizer = None  # for `encode` and `save_pretrained`
         self.layer_norm = False  # of embeddings, before their first dimensions are taken
         initialize(self)
@@ -180,16 +286,17 @@ class NomicBert(nn.Module):
         """The hidden states of the last layer.
 
         tokens (N,) int64; cu_seqlens (B + 1,) int32, where each text begins and the last ends (on
-        the CPU it spares a GPU a pause) -> (N, C) in self.dtype."""
-        way = choose(self.attention, tokens.device, self.dtype)
-        order, texts = packing(cu_seqlens, way, tokens.device)  # where the texts are
-        angles = rope_angles(texts.cu_seqlens, len(tokens), self.config.head_size, self.rope)
+        the CPU, so that a GPU need not be waited for) -> (N, C) in self.dtype."""
+        kernel = varlen_kernel(tokens.device.type, self.dtype)
+        segments = find_segments(cu_seqlens, kernel, tokens.device)
+        N, order = len(tokens), segments.order
+        angles = rope_angles(segments.cu_seqlens, N, self.config.head_size, self.rope)  # (N, D/2)
         if order is not None:
-            tokens, angles = tokens[order], angles[order]  # (N,), (N, D/2)
+            tokens, angles = tokens[order], angles[order]
         x = self.emb_ln(self.embeddings(tokens)).to(self.dtype)  # (N, C)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.encoder.layers:
-            x = layer(x, cos, sin, texts)
+            x = layer(x, cos, sin, segments)
         return x if order is None else torch.empty_like(x).index_copy(0, order, x)
 
     def embed(self, tokens, cu_seqlens):
@@ -201,19 +308,19 @@ class NomicBert(nn.Module):
 
         dims: the first dimensions only (Matryoshka)."""
         x = mean_pool(hidden, cu_seqlens)  # (B, C)
-        if self.layer_norm:  # of nomic-embed-text-v1.5: no weights, so it takes off x's mean
+        if self.layer_norm:  # of nomic-embed-text-v1.5; it has no weights and subtracts the mean
             x = F.layer_norm(x, x.shape[1:])
         return F.normalize(x[:, :dims], dim=-1)
 
     @torch.no_grad()
     def encode(self, texts, max_tokens=checkpoint.MAX_TOKENS, dims=None, micro_batch_tokens=None):
-        """Embeddings of a list of strings, in its order: (n, dims) float32 numpy, unit length.
+        """Embeddings of a list of strings, in its order: float32 numpy (n, dims), unit length.
 
-        A task prefix such as "search_query: " is part of the text. Texts are cut to max_tokens;
-        beyond the trained length RoPE scales as `self.rope` says. dims: the first dimensions only,
-        after Matryoshka; None is all. micro_batch_tokens: how many go through the model at once;
-        None is what suits the device. Raises InputError for dims out of range, a string in place
-        of a list, a model without tokenizer."""
+        A task prefix such as "search_query: " is part of the text. Texts are truncated to
+        max_tokens; beyond the trained length RoPE scales as `self.rope` says. dims: the first
+        dimensions only, after Matryoshka; None is all. micro_batch_tokens: how many tokens go
+        through the model at once; None is what suits the device. Raises InputError for dims out of
+        range, a string in place of a list, a model without tokenizer."""
         size = self.config.hidden_size
         if dims is not None and not 0 < dims <= size:
             raise InputError(f"dims={dims}: embeddings of this model have {size} dimensions")
@@ -223,21 +330,37 @@ class NomicBert(nn.Module):
             raise InputError("there was no tokenizer.json beside the model: set model.tokenizer")
         texts = list(texts)
         texts = [
-            cut(np.array(encoding.ids), max_tokens)
+            truncate(np.array(encoding.ids), max_tokens)
             for start in range(0, len(texts), 10_000)  # an encoding takes more memory than its ids
             for encoding in self.tokenizer.encode_batch_fast(texts[start : start + 10_000])
         ]
         embeddings = np.empty((len(texts), dims or size), np.float32)
-        # a CPU is fastest while activations stay in its cache, a GPU while all of it has work
-        at_once = micro_batch_tokens or (2048 if self.device.type == "cpu" else 65_536)
-        groups = micro_batches([len(text) for text in texts], at_once) if texts else []
+        # a CPU is fastest while activations stay in its cache, a GPU with enough work at once
+        budget = micro_batch_tokens or (2048 if self.device.type == "cpu" else 65_536)
+        groups = split_by_tokens([len(text) for text in texts], budget) if texts else []
         cast = {n: p.to(self.dtype) for n, p in self.named_parameters() if n.startswith("encoder.")}
         for group in tqdm(groups, "encoding", disable=len(groups) < 100 or None, leave=False):
             tokens, cu_seqlens = pack([texts[i] for i in group], self.device)
-            # self(tokens, cu_seqlens), but the weights are cast once and not at every call
+            # self(tokens, cu_seqlens), with weights that are cast once and not in every call
             hidden = functional_call(self, cast, (tokens, cu_seqlens))
             embeddings[group] = self.pool(hidden, cu_seqlens, dims).cpu()
         return embeddings
+
+    def about(self):
+        """What a run prints: the type of the activations and the attention implementation."""
+        kernel = varlen_kernel(self.device.type, self.dtype)
+        attention = kernel.__name__ if kernel else "scaled_dot_product_attention"
+        return {"activations": str(self.dtype).removeprefix("torch."), "attention": attention}
+
+    def compile_blocks(self):
+        """Lets torch.compile fuse the operations of a block. Blocks are all alike, so one
+        compilation serves them all; shapes are dynamic, so it serves all batches."""
+        if self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise InputError("--compile needs a C++ compiler on a CPU: install g++")
+        # every batch has other groups, and would be compiled anew
+        globals()["grouped_attention"] = torch.compiler.disable(grouped_attention)
+        for layer in self.encoder.layers:
+            layer.compile(dynamic=True)
 
     @classmethod
     def from_pretrained(cls, where, dtype=None, rope_factor=None, device="cpu"):
@@ -246,25 +369,27 @@ class NomicBert(nn.Module):
 
         dtype: of the activations; None is the fast one on the device. rope_factor: Dynamic NTK with
         this s beyond the trained length, whatever the checkpoint says (the paper takes 2, the
-        published files leave it open). Raises InputError for files missing, damaged, or not fitting
-        together."""
+        published files leave it open). Raises InputError for files that are missing, damaged, or do
+        not fit together."""
         return open_model(cls, where, dtype, rope_factor, device)
 
     def save_pretrained(self, directory):
         """Writes a directory that AutoModel, AutoTokenizer and SentenceTransformer open."""
-        export.write_checkpoint(directory, self, self, "NomicBertModel")
+        save_model(directory, self, self, "NomicBertModel")
 
 
 def mean_pool(hidden, cu_seqlens):
     """The mean of each text's hidden states, [CLS], [SEP] and prefix included: (N, C) -> (B, C)
     float32, or float64 if these are."""
-    lengths = send(cu_seqlens, hidden.device).diff()  # (B,)
-    text = torch.repeat_interleave(lengths, output_size=len(hidden))  # (N,): the number of its text
-    full = torch.promote_types(hidden.dtype, torch.float32)
-    # a running sum of 8,192 float32 numbers loses digits, which training does not feel
-    exact = full if torch.is_grad_enabled() else torch.float64
-    sums = torch.zeros(len(lengths), hidden.shape[1], dtype=exact, device=hidden.device)
-    return (sums.index_add(0, text, hidden.to(exact)) / lengths[:, None]).to(full)
+    lengths = move_to_device(cu_seqlens, hidden.device).diff()  # (B,)
+    text = torch.repeat_interleave(
+        lengths, output_size=len(hidden)
+    )  # (N,) which text a token is of
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    # a running sum of 8,192 float32 numbers loses digits; training does not need them
+    sum_dtype = dtype if torch.is_grad_enabled() else torch.float64
+    sums = torch.zeros(len(lengths), hidden.shape[1], dtype=sum_dtype, device=hidden.device)
+    return (sums.index_add(0, text, hidden.to(sum_dtype)) / lengths[:, None]).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -294,7 +419,7 @@ class Predictions(nn.Module):
 
 
 class NomicBertForMaskedLM(nn.Module):
-    """The encoder with its head: packed tokens -> scores of the vocabulary at masked places."""
+    """The encoder with its head: packed tokens -> logits at masked positions."""
 
     def __init__(self, config):
         super().__init__()
@@ -303,44 +428,74 @@ class NomicBertForMaskedLM(nn.Module):
         predictions = Predictions(config, self.bert.embeddings.word_embeddings)
         self.cls = nn.ModuleDict({"predictions": predictions})
 
-    def forward(self, tokens, cu_seqlens, places):
-        """tokens (N,), cu_seqlens (B + 1,), places (M,) in the packed batch -> (M, V).
+    def forward(self, tokens, cu_seqlens, positions):
+        """tokens (N,), cu_seqlens (B + 1,), positions (M,) in the packed batch -> logits (M, V).
 
-        Nothing is computed for other places: of a small model the head is half the work."""
-        return self.cls["predictions"](self.bert(tokens, cu_seqlens).index_select(0, places))
+        Nothing is computed for other positions: in a small model the head is half the work."""
+        hidden = self.bert(tokens, cu_seqlens).index_select(0, positions)  # (M, C)
+        return self.cls["predictions"](hidden)
 
     @classmethod
     def from_pretrained(cls, where, dtype=None, rope_factor=None, device="cpu"):
-        """As `NomicBert.from_pretrained`. Raises InputError where there is no MLM head, as well."""
+        """As NomicBert.from_pretrained. Raises InputError where there is no MLM head, as well."""
         return open_model(cls, where, dtype, rope_factor, device)
 
     def save_pretrained(self, directory):
         """Writes a directory that AutoModelForMaskedLM opens, and those that open an encoder."""
-        export.write_checkpoint(directory, self, self.bert, "NomicBertForMaskedLM")
+        save_model(directory, self, self.bert, "NomicBertForMaskedLM")
+
+
+def training_flops(config, lengths, masked_share=0.0):
+    """Floating-point operations to train on texts of these lengths (B,), in tokens.
+
+    6 for each weight of a matrix that a token passes (a multiplication and an addition forward,
+    twice that backward), and 12 C L in each layer for attention among L tokens; in stage 1 the
+    head, for the masked share of tokens. GradCache's first forward pass is not counted: useful work
+    is what the result needs."""
+    C, lengths = config.hidden_size, np.asarray(lengths, float)
+    weights = config.num_hidden_layers * (4 * C * C + 3 * C * config.intermediate_size)
+    weights += masked_share * (C * C + C * config.vocab_size)
+    attention = 12 * config.num_hidden_layers * C * (lengths**2).sum()
+    return float(6 * weights * lengths.sum() + attention)
 
 
 # ------------------------------------------------------------------------------------------------
-# Opening a checkpoint
+# Checkpoints
 
 
 def open_model(cls, where, dtype, rope_factor, device):
     """The model of class cls that a directory or a name on the hub holds."""
-    directory = checkpoint.find(where)
-    config = Config(**checkpoint.read_config(directory))
+    directory = checkpoint.find_checkpoint(where)
+    config = ModelConfig(**checkpoint.read_config(directory))
     weights = checkpoint.read_weights(directory)
     if rope_factor is not None:
         config.rope_scaling, config.rope_factor = "dynamic", rope_factor
     head = {name: weights.pop(name) for name in list(weights) if name.startswith("cls.")}
-    masked = cls is NomicBertForMaskedLM
-    if masked:
+    with_head = cls is NomicBertForMaskedLM
+    if with_head:
         weights = {f"bert.{name}": weight for name, weight in weights.items()}
         weights |= checkpoint.read_head(head, config, weights, directory)
-    model = checkpoint.build(cls, config, weights, directory)
-    encoder = model.bert if masked else model
-    if masked:
+    layers = len({name.split("layers.")[1].split(".")[0] for name in weights if "layers." in name})
+    if layers != config.num_hidden_layers:
+        raise InputError(
+            f"{directory}/model.safetensors has {layers} layers, config.json asks for "
+            f"{config.num_hidden_layers}"
+        )
+    with torch.device("meta"):  # shapes without memory
+        model = cls(config)
+    checkpoint.check_weights(model.state_dict(), weights, directory)
+    model.load_state_dict(weights, assign=True)
+    encoder = model.bert if with_head else model
+    if with_head:
         model.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight  # tied
     model.to(device)
     encoder.tokenizer = checkpoint.read_tokenizer(directory, config.vocab_size)
     encoder.dtype = dtype or fast_dtype(encoder.device)
-    encoder.layer_norm = checkpoint.read_modules(directory)
+    encoder.layer_norm = checkpoint.has_layer_norm(directory)
     return model
+
+
+def save_model(directory, model, encoder, architecture):
+    config, weights = asdict(model.config), model.state_dict()
+    rest = (encoder.tokenizer, encoder.layer_norm, architecture, PREFIXES)
+    checkpoint.write_checkpoint(directory, config, weights, *rest)
