@@ -1,20 +1,18 @@
 """The ways to compute attention: do they agree with softmax in float64, and how fast are they?
 
-    python bench/attention.py                     # in a minute on a CPU
+    python bench/attention.py                     # a minute on a CPU
     python bench/attention.py --tokens=65536      # for a GPU
 
-Forward and backward over one batch of texts, of a natural mix of lengths (log-normal, median 70, up
-to 2,048) and all of 2,048 tokens. Beside our ways stands what most code does: the batch padded to a
-rectangle, with a mask, through F.scaled_dot_product_attention. Deviation is the largest difference
-from the result, and from the gradient, in float64, over the largest value; for the first texts.
+Forward and backward over one batch of texts: of a natural mix of lengths (median 70 tokens, up to
+2,048), and all of 2,048 tokens. Next to our ways stands what most code does: a batch padded to a
+rectangle, with a mask. Deviation is the largest difference from result and gradient in float64,
+over the largest value, for the shortest texts.
 """
 
-import math
 import statistics
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,46 +20,51 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from attention import WAYS, attention, choose, packing
-from options import InputError, read_options, run
-from processes import best_device, fast_dtype
+from bench.parity import deviation
+from bench.shared import natural_mix, print_head, print_machine, print_row
+from common.device import best_device, fast_dtype
+from common.options import cli, read_options
+from model import find_segments, packed_attention, varlen_kernel
 
 
 @dataclass
 class Options:
-    tokens: int = 8192  # of the batch
+    tokens: int = 8192  # of the batch [16, 1e9]
     heads: int = 12  # H
     head_size: int = 64  # D
     rounds: int = 5  # how often each is timed; the median counts
-    seed: int = 0  # of lengths and vectors
+    seed: int = 0  # of lengths and vectors [0, 1e18]
 
 
 def written_out(q, k, v):
-    """softmax(Q K^T / sqrt(D)) V of one text, in float64: (L, H, D) each -> (L, H, D)."""
-    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
+    """softmax(Q K^T / sqrt(D)) V of one text: (L, H, D) each -> (L, H, D)."""
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
 
 
 def padded_attention(q, k, v, lengths):
-    """As most code does: (N, H, D) to a rectangle (B, H, longest, D), with a mask of the texts."""
+    """(N, H, D) each -> rectangles (B, H, longest, D) and a mask -> (N, H, D)."""
     texts = [torch.nn.utils.rnn.pad_sequence(x.split(lengths), True) for x in (q, k, v)]
     ends = torch.tensor(lengths, device=q.device)[:, None]
-    there = torch.arange(max(lengths), device=q.device) < ends  # (B, longest)
-    out = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in texts), attn_mask=there[:, None, None]
-    )
-    return out.transpose(1, 2)[there]  # (N, H, D)
+    mask = torch.arange(max(lengths), device=q.device) < ends  # (B, longest)
+    rectangles = (x.transpose(1, 2) for x in texts)
+    out = F.scaled_dot_product_attention(*rectangles, attn_mask=mask[:, None, None])
+    return out.transpose(1, 2)[mask]
 
 
-def lengths_of(options):
-    """name -> lengths, the longest first, of about as many tokens as were asked for."""
-    rng = np.random.default_rng(options.seed)
-    mix = np.exp(rng.normal(math.log(70), 1.0, options.tokens)).clip(8, 2048).astype(int)
-    mix = mix[: np.searchsorted(np.cumsum(mix), options.tokens)]
-    return {
-        "natural mix": sorted(mix.tolist(), reverse=True),
-        "2,048 tokens": [2048] * max(1, options.tokens // 2048),
-    }
+def ways(lengths, dtype, device):
+    """name -> attention of q, k, v (N, H, D) each."""
+    cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+    kernels = {"texts grouped by length": None}
+    if best := varlen_kernel(device.type, dtype):
+        from torch.nn.attention.varlen import varlen_attn
+
+        kernels |= {kernel.__name__: kernel for kernel in (varlen_attn, best)}
+    found = {"padded, with a mask": lambda q, k, v: padded_attention(q, k, v, lengths)}
+    for name, kernel in kernels.items():
+        segments = find_segments(cu_seqlens, kernel, device)
+        found[name] = lambda q, k, v, s=segments: packed_attention(q, k, v, s)
+    return found
 
 
 def measure(attend, qkv, weights, rounds, device):
@@ -78,53 +81,33 @@ def measure(attend, qkv, weights, rounds, device):
     return statistics.median(seconds[2:]), out.detach(), x.grad
 
 
-def reference(qkv, weights, lengths, tokens=4096):
-    """Result and gradient in float64, for the shortest texts of so many tokens."""
-    few = max(1, int(np.searchsorted(np.cumsum(lengths[::-1]), tokens)))
-    N = sum(lengths[-few:])
-    x = qkv[-N:].double().requires_grad_()
-    out = torch.cat([written_out(*part.unbind(1)) for part in x.split(lengths[-few:])])
-    (out * weights[-N:].double()).sum().backward()
-    return N, out.detach(), x.grad
-
-
-def deviation(found, expected):
-    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
-
-
 def main(arguments):
     options, _ = read_options(Options, arguments)
     device = best_device()
-    dtype = fast_dtype(device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"torch {torch.__version__}, {name}, {dtype}")
-    for title, lengths in lengths_of(options).items():
-        torch.manual_seed(options.seed)
+    dtype, rng = fast_dtype(device), np.random.default_rng(options.seed)
+    torch.manual_seed(options.seed)
+    mix = natural_mix(options.tokens, rng)
+    mix = mix[: max(1, np.searchsorted(np.cumsum(mix), options.tokens))]
+    print_machine(device, dtype)
+    print_head("texts", "", "ms", "tokens/s", "deviation", "of the gradient")
+    for title, lengths in {
+        "natural mix": sorted(mix.tolist(), reverse=True),
+        "2,048 tokens": [2048] * max(1, options.tokens // 2048),
+    }.items():
         N, shape = sum(lengths), (options.heads, options.head_size)
         qkv = torch.randn(N, 3, *shape).to(device, dtype)
         weights = torch.randn(N, *shape).to(device, dtype)
-        few, expected, gradient = reference(qkv, weights, lengths)
-        cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-        print(f"\n{title}: {len(lengths):,} texts, {N:,} tokens")
-        print(f"{'':14}{'ms':>10}{'tokens/s':>14}{'deviation':>12}{'of gradient':>13}")
-        for way in (*WAYS[1:], "padded"):
-            try:
-                attend = partial(padded_attention, lengths=lengths)
-                if way != "padded":
-                    _, packed = packing(cu_seqlens, choose(way, device, dtype), device)
-                    attend = partial(attention, packing=packed)
-            except InputError as error:
-                reason = str(error).split(": ", 1)[1]
-                print(f"{way:14}  not here: {reason}")
-                continue
-            seconds, out, grad = measure(attend, qkv, weights, options.rounds, device)
-            of_result, of_gradient = (
-                deviation(out[-few:], expected),
-                deviation(grad[-few:], gradient),
-            )
-            speed = f"{seconds * 1e3:10.1f}{N / seconds:14,.0f}"
-            print(f"{way:14}{speed}{of_result:12.1e}{of_gradient:13.1e}", flush=True)
+        few = lengths[-max(1, int(np.searchsorted(np.cumsum(lengths[::-1]), 4096))) :]
+        n = sum(few)  # tokens, in float64
+        x = qkv[-n:].double().requires_grad_()
+        expected = torch.cat([written_out(*part.unbind(1)) for part in x.split(few)])
+        (expected * weights[-n:].double()).sum().backward()
+        for name, attend in ways(lengths, dtype, device).items():
+            seconds, out, gradient = measure(attend, qkv, weights, options.rounds, device)
+            off = deviation(out[-n:].double(), expected), deviation(gradient[-n:].double(), x.grad)
+            speed = f"{seconds * 1e3:.1f}", f"{N / seconds:,.0f}"
+            print_row(f"{title}: {len(lengths):,}", name, *speed, *(f"{x:.1e}" for x in off))
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

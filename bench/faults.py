@@ -1,14 +1,14 @@
-"""Kills a run with SIGKILL again and again, and resumes it: does it end as if nothing had happened?
+"""Kills a run with SIGKILL again and again: does it end with the same bits as one that was not?
 
-    python bench/faults.py                        # 20 kills of each stage, a few minutes
+    python bench/faults.py                        # 20 kills of each stage: some minutes
     python bench/faults.py --kills=200 --stages=mlm
 
 A checkpoint is written after every step, and every other kill waits until a file is being written.
-A killed run goes on with --resume, if it left a checkpoint, or else from the start. Its last
-weights and its log have to equal those of an undisturbed run, bit for bit. The model is small: what
-is put to the test is the plumbing.
+After a kill the same command continues. The last weights and the log have to equal those of an
+undisturbed run. The model is small: what is tested is the plumbing.
 """
 
+import json
 import math
 import os
 import random
@@ -20,14 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import contrastive
-import finetune
-import mlm
-from options import InputError, read_options, run
+from bench.shared import print_head, print_row
+from bench.stages import STAGES
+from common.options import InputError, cli, read_options
 
-STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
-SMALL = ["--hidden-size=64", "--num-hidden-layers=1", "--num-attention-heads=2"]
-SMALL += ["--intermediate-size=64", "--batch-size=8", "--log-every=1", "--save-every=1"]
+SMALL = "--hidden-size=64 --num-hidden-layers=1 --num-attention-heads=2 --intermediate-size=64"
+SMALL += " --batch-size=8 --log-every=1 --eval-every=0 --save-every=1"
 
 
 @dataclass
@@ -36,102 +34,94 @@ class Options:
     stages: str = "mlm,contrastive,finetune"  # which to kill
     kills: int = 20  # of each stage
     steps: int = 20  # of each run; one that ends before all kills is followed by another
-    seed: int = 0  # of the moments
+    seed: int = 0  # of the moments [0, 1e18]
 
 
 def start(stage, arguments, output):
-    """Runs a stage in a process of its own, forked: it need not import everything again."""
+    """Runs a stage in a forked process, which need not import everything again."""
     sys.stdout.flush()
-    process = os.fork()
-    if process:
+    if process := os.fork():
         return process
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
-    code = 1
     try:
         stage.main(arguments)
-        code = 0
-    except InputError as error:
-        print(error, file=sys.stderr, flush=True)
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
     finally:
-        os._exit(code)
+        os._exit(1)
 
 
-def ended(process):
-    """The exit code of a process, or None while it runs."""
-    found, status = os.waitpid(process, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if found else None
-
-
-def kill_or_end(process, out, delay, while_writing):
-    """Kills a process after so many seconds: its exit code is -9, unless it ends before."""
-    due, patience = time.monotonic() + delay, time.monotonic() + delay + 1
-    while (code := ended(process)) is None:
-        now = time.monotonic()
-        writes = any(out.glob("*.tmp")) or any(out.glob("*/*.tmp"))
-        if now > patience or (now > due and (writes or not while_writing)):
+def kill_or_end(process, out, due, rng=None):
+    """Kills a process when it is due; with an rng after that, at random while it writes a file.
+    Returns its exit code, and whether it left a half-written file."""
+    while not (status := os.waitpid(process, os.WNOHANG))[0]:
+        is_due = time.monotonic() > due
+        if is_due and rng:
+            is_due = any(out.rglob("*.tmp")) and rng.random() < 0.05
+        elif not is_due:
+            time.sleep(0.001)
+        if is_due:
             os.kill(process, signal.SIGKILL)
-            return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        time.sleep(0 if now > due else 0.001)
-    return code
+            status = os.waitpid(process, 0)
+            break
+    return os.waitstatus_to_exitcode(status[1]), any(out.rglob("*.tmp"))
 
 
 def result(out):
-    """What two runs have to agree on: weights, and losses by step."""
-    log = [line.split('"tokens_per_second"')[0] for line in open(out / "log.jsonl")]
+    """What two runs have to agree on: the weights, and the log without speeds."""
+    log = [json.loads(line) for line in open(out / "log.jsonl")]
+    speeds = ("tokens_per_second", "share_of_peak")
+    log = [{key: value for key, value in line.items() if key not in speeds} for line in log]
     return (out / "model.safetensors").read_bytes(), log
 
 
-def last_words(folder):
-    """The end of what the runs printed, for an error message."""
-    return (folder / "output").read_text()[-300:]
+def torment(name, options, folder):
+    """Kills until it is enough. Returns kills, kills while a file was written, and runs.
 
-
-def torment(stage, options, folder):
-    """(kills, kills in the middle of writing, runs) until there were enough kills.
-
-    Raises InputError where a run fails to resume, or ends otherwise than the undisturbed one."""
+    Raises InputError where a run does not continue, or differs from the undisturbed one."""
     moments = random.Random(options.seed)
-    common = [*SMALL, f"--data={options.data}", f"--steps={options.steps}"]
+    arguments = [*SMALL.split(), f"--data={options.data}", f"--steps={options.steps}"]
+    kills = while_writing = runs = 0
     with open(folder / "output", "w") as output:
+
+        def run_once(out, delay, wait):
+            for left_over in out.rglob("*.tmp") if wait else ():  # of the kill before
+                left_over.unlink()
+            process = start(STAGES[name], [*arguments, f"--out={out}"], output)
+            due, rng = time.monotonic() + delay, moments if wait else None
+            code, half_written = kill_or_end(process, out, due, rng)
+            if code not in (0, -signal.SIGKILL):
+                said = (folder / "output").read_text()[-300:]
+                raise InputError(f"{name} failed after {kills} kills: {said}")
+            return code < 0, code < 0 and bool(wait) and half_written
+
         began = time.monotonic()
-        reference = start(stage, [*common, f"--out={folder / 'reference'}"], output)
-        if os.waitstatus_to_exitcode(os.waitpid(reference, 0)[1]):
-            raise InputError(f"the undisturbed run failed: {last_words(folder)}")
+        run_once(folder / "reference", math.inf, False)
         seconds = time.monotonic() - began
-        kills = writing = runs = 0
         while kills < options.kills:
-            runs += 1
-            out = folder / f"killed-{runs}"
-            code = -signal.SIGKILL
-            while code == -signal.SIGKILL:
-                resume = ["--resume"] * (out / "state.pt").is_file()
-                process = start(stage, [*common, f"--out={out}", *resume], output)
-                enough = kills >= options.kills
-                delay = math.inf if enough else moments.uniform(0, seconds)
-                code = kill_or_end(process, out, delay, while_writing=kills % 2)
-                kills += code == -signal.SIGKILL
-                writing += code == -signal.SIGKILL and any(out.rglob("*.tmp"))
-            if code:
-                raise InputError(f"after {kills} kills a run ended by itself: {last_words(folder)}")
-            if result(out) != result(folder / "reference"):
-                raise InputError(f"{stage.__name__}: run {runs} differs from the undisturbed one")
-    return kills, writing, runs
+            runs, killed = runs + 1, True
+            while killed:
+                delay = moments.uniform(0, seconds) if kills < options.kills else math.inf
+                killed, half_written = run_once(folder / f"killed-{runs}", delay, kills % 2)
+                kills += killed
+                while_writing += half_written
+            if result(folder / f"killed-{runs}") != result(folder / "reference"):
+                raise InputError(f"{name}: run {runs} differs from the undisturbed one")
+    return kills, while_writing, runs
 
 
 def main(arguments):
     options, _ = read_options(Options, arguments)
-    for name in options.stages.split(","):
-        if name not in STAGES:
-            raise InputError(f"--stages={options.stages}: the stages are {', '.join(STAGES)}")
+    names = options.stages.split(",")
+    if unknown := set(names) - set(STAGES):
+        raise InputError(f"--stages: {', '.join(unknown)} is none of {', '.join(STAGES)}")
+    print_head("stage", "kills", "while a file was written", "runs, all equal to the undisturbed")
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            kills, writing, runs = torment(STAGES[name], options, Path(folder))
-        print(
-            f"{name}: {kills} kills, {writing} of them while a file was written; "
-            f"{runs} runs ended with the bits of the undisturbed one",
-            flush=True,
-        )
+            print_row(name, *torment(name, options, Path(folder)))
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

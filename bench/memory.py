@@ -1,23 +1,23 @@
 """Peak memory of a contrastive step as the batch grows, with and without GradCache.
 
-    python bench/memory.py                         # the laptop model, 1,024 to 16,384 pairs
-    python bench/memory.py --batches=256,512       # quick
+    python bench/memory.py                         # the laptop model, up to 16,384 pairs: minutes
+    python bench/memory.py --batches=256,512       # seconds
     python bench/memory.py --preset=paper --batches=1024,4096,16384,65536 --longest=1024    # a GPU
 
 With GradCache the activations of one micro-batch are in memory at a time. What grows with the batch
-is its embeddings with their gradients, 16 C bytes a pair, and the token ids; scores stop at 2 ** 23
-at a time (info_nce), 32 MiB, of which cross-entropy and its gradient make a few copies. Without
-GradCache the activations of the whole batch are kept.
+are its embeddings and their gradients, 16 C bytes a pair, and the token ids; of the logits there
+are never more than 2 ** 23 (info_nce_in_blocks): 32 MiB, and a few copies of them in the
+cross-entropy. Without GradCache the activations of the whole batch are kept.
 
-Each line is a process of its own: the peak of its memory (of a GPU, where there is one) less what
-it had before. On a CPU it is told to give back what it frees (glibc would keep much of it, in
-pieces too small to use again).
+Each number is from a process of its own: the peak of its memory (of a GPU, where there is one) less
+what it had before the step.
 """
 
 import multiprocessing
 import os
 import resource
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +25,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import model_shape
-from contrastive import PRESETS, embed, grad_cache, info_nce
-from contrastive import Config as Stage
-from data import store
-from model import NomicBert, fast_dtype
-from options import read_options, run
-from processes import best_device
+from bench.shared import print_head, print_machine, print_row
+from common.device import best_device, fast_dtype
+from common.files import load_tokenizer
+from common.options import cli, read_options
+from contrastive import PRESETS, Config, embed, grad_cache, info_nce_in_blocks
+from data.store import Source
+from model import ModelConfig, NomicBert
 
 
 @dataclass
@@ -40,62 +40,60 @@ class Options:
     data: str = "out/pydocs"  # a data folder
     source: str = "name-docstring"  # of its stage 2, the one that pairs come from
     batches: str = "1024,2048,4096,8192,16384"  # pairs
-    micro_batch_tokens: int = 0  # the same for all batches; 0 is what the preset has
-    longest: int = 4096  # pairs that are tried without GradCache
+    micro_batch_tokens: int = 0  # the same for all batches; 0: that of the preset [0, 1e9]
+    longest: int = 4096  # pairs that are tried without GradCache [0, 1e9]
 
 
 def peak():
-    """The most memory that this process ever had, in MiB. (macOS counts bytes, Linux KiB.)"""
+    """The most memory that this process ever had, in MiB."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / (1 << 20)
-    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def step(pairs, cached, options, result):
-    """Forward and backward of one batch; puts (tokens, MiB, hidden size) into result."""
-    shape, _ = read_options(Stage, [f"--preset={options.preset}"], PRESETS)
-    tokenizer = store.load_tokenizer(options.data)
-    model = NomicBert(model_shape(shape, tokenizer.get_vocab_size(), shape.trained_length))
+def step(pairs, cached, options):
+    """Forward and backward of one batch. Returns its tokens, MiB of memory, and the hidden size."""
+    config, _ = read_options(Config, [f"--preset={options.preset}"], PRESETS)
+    tokenizer = load_tokenizer(options.data)
+    size = tokenizer.get_vocab_size()
+    model = NomicBert(ModelConfig.from_options(config, size, config.trained_length))
     model.to(best_device())
     model.dtype = fast_dtype(model.device)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # is there at any batch size
-    source = store.Source(f"{options.data}/stage2/{options.source}", tokenizer)
+        parameter.grad = torch.zeros_like(parameter)  # in memory at any batch size
+    source = Source(f"{options.data}/stage2/{options.source}", tokenizer)
     rows = np.arange(pairs) % len(source)  # a source may be smaller than a batch
-    texts = source.texts("query", rows, shape.query_tokens)
-    texts += source.texts("document", rows, shape.document_tokens)
-    budget = options.micro_batch_tokens or shape.micro_batch_tokens
+    texts = source.texts("query", rows, config.query_tokens)
+    texts += source.texts("document", rows, config.document_tokens)
+    budget = options.micro_batch_tokens or config.micro_batch_tokens
 
     def loss_of(embeddings):
-        return info_nce(*embeddings.chunk(2), shape.temperature) / pairs
+        return info_nce_in_blocks(*embeddings.chunk(2), config.temperature) / pairs
 
     before = peak()
     if cached:
         grad_cache(model, texts, loss_of, budget)
     else:
         loss_of(embed(model, texts, budget)).backward()
-    result.put((sum(map(len, texts)), peak() - before, model.config.hidden_size))
+    return sum(map(len, texts)), peak() - before, model.config.hidden_size
 
 
 def main(arguments):
     options, _ = read_options(Options, arguments)
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)  # bytes; for the processes started below
+    # for the processes: freed memory goes back at once, instead of staying with glibc in pieces
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     context = multiprocessing.get_context("spawn")
-    print(f"{'pairs':>8}{'tokens':>10}{'GradCache':>12}{'of it embeddings':>18}{'without':>12}")
+    print_machine(best_device(), f"preset {options.preset}")
+    print_head("pairs", "tokens", "GradCache, MiB", "of it embeddings, MiB", "without, MiB")
     for pairs in map(int, options.batches.split(",")):
         cells = []
         for cached in (True, False)[: 1 + (pairs <= options.longest)]:
-            result = context.Queue()
-            process = context.Process(target=step, args=(pairs, cached, options, result))
-            process.start()
-            tokens, memory, size = result.get()
-            process.join()
-            cells.append(f"{memory:8,.0f} MiB")
-            if cached:
-                cells.append(f"{pairs * 2 * 2 * size * 4 / (1 << 20):14,.0f} MiB")
-        print(f"{pairs:8,}{tokens:10,}" + "".join(cells), flush=True)
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                tokens, memory, C = pool.submit(step, pairs, cached, options).result()
+            cells += [f"{memory:,.0f}", f"{pairs * 2 * 2 * C * 4 / 2**20:,.0f}"][: 1 + cached]
+        print_row(f"{pairs:,}", f"{tokens:,}", *cells, *[""] * (pairs > options.longest))
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -1,0 +1,73 @@
+"""What several benches share: texts of a natural mix of lengths, the matrix rate, tables."""
+
+import math
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.device import device_name
+from data.store import Source
+from model import ModelConfig
+
+
+def print_row(*cells):
+    """A row of a Markdown table."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def print_head(*titles):
+    print_row(*titles)
+    print_row("---", *["---:"] * (len(titles) - 1))
+
+
+def print_machine(device, *more):
+    print(", ".join(map(str, [f"torch {torch.__version__}", device_name(device), *more])) + "\n")
+
+
+def split_options(options_class, arguments):
+    """The arguments that belong to a bench, and the rest, which it passes on to a stage."""
+    known = {field.name for field in fields(options_class)} | {"h", "help"}
+    own = [a for a in arguments if a.split("=")[0].lstrip("-").replace("-", "_") in known]
+    return own, [a for a in arguments if a not in own]
+
+
+def published_shape(layers, hidden_size, **more):
+    """The shape of nomic-bert-2048, or one like it with fewer layers or a smaller hidden size."""
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size}
+    heads = max(1, hidden_size // 64)
+    return ModelConfig(num_hidden_layers=layers, num_attention_heads=heads, **sizes, **more)
+
+
+def natural_mix(n, rng):
+    """Lengths of n texts in tokens, log-normal as those of web texts: median 70, up to 2,048."""
+    return np.exp(rng.normal(math.log(70), 1.0, n)).clip(8, 2048).astype(int)
+
+
+def pieces_of_text(data, tokenizer, lengths, rng):
+    """Pieces of a data folder's training text, with these lengths: a list of id arrays."""
+    ids = Source(f"{data}/stage1/train", tokenizer).columns["document"].tokens
+    starts = rng.integers(0, len(ids) - 2048, len(lengths))
+    return [ids[i : i + n].astype(np.int64) for i, n in zip(starts, lengths, strict=True)]
+
+
+def matrix_rate(config, dtype, device, seconds=1.0):
+    """Operations per second of the matrix products of one layer, (N, C) x (C, 3C) and so on. It is
+    the highest of several N: a GPU needs large matrices, a CPU those that fit in its cache."""
+    C, inner = config.hidden_size, config.intermediate_size
+    shapes = [(C, 3 * C), (C, C), (C, inner), (C, inner), (inner, C)]
+    new, rates = {"dtype": dtype, "device": device}, []
+    for N in (2048, 8192) if device.type == "cpu" else (8192, 65_536):
+        pairs = [(torch.randn(N, a, **new), torch.randn(a, b, **new)) for a, b in shapes]
+        operations, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds / 2:
+            for x, weight in pairs:
+                y = x @ weight
+                operations += 2 * x.numel() * weight.shape[1]
+            y[0, 0].item()  # waits for a GPU
+        rates.append(operations / (time.perf_counter() - began))
+    return max(rates)
