@@ -1,14 +1,18 @@
 """What several tests use: a tokenizer, and a small data folder made by the real script."""
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="nanoembed-datasets-"))
 
-from data import prepare, pydocs, store  # noqa: E402
+from common.files import load_tokenizer  # noqa: E402
+from data import prepare, pydocs  # noqa: E402
 
 SENTENCES = (
     "Reads a file, line by line, and returns a list of its words.",
@@ -33,4 +37,4 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_tokenizer(data):
-    return store.load_tokenizer(data)
+    return load_tokenizer(data)

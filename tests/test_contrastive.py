@@ -1,12 +1,14 @@
 """InfoNCE and GradCache against their plain twins, and gathering against one process."""
 
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import LargestTensor, tiny_model
+from tiny import LargestTensor, gradients, random_texts, tiny_model
+from torch import multiprocessing
 
 from bench import gradients as gradients_bench
 from contrastive import (
@@ -14,20 +16,15 @@ from contrastive import (
     embed,
     grad_cache,
     info_nce,
+    info_nce_in_blocks,
     keep_only_embeddings,
     learning_rate,
 )
-from data.store import micro_batches
 
 
 def unit_rows(n, E=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(n, E, generator=generator, dtype=torch.float64), dim=-1)
-
-
-def texts_of(n, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(5, 300, rng.integers(3, 40)) for _ in range(n)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -43,18 +40,36 @@ def test_info_nce_equals_a_loop():
     assert info_nce(query, document, 0.02, first=3).item() == pytest.approx(expected)
 
 
-def test_identical_embeddings_give_exactly_ln_n_per_query():
-    same = unit_rows(1).expand(8, -1)
+def test_info_nce_of_equal_embeddings_is_ln_n_and_of_perfect_ones_almost_0():
+    same, rows = unit_rows(1).expand(8, -1), unit_rows(8)
     assert info_nce(same, same, 0.02).item() / 8 == pytest.approx(math.log(8))
-
-
-def test_the_right_order_gives_almost_no_loss():
-    rows = unit_rows(8)
     assert info_nce(rows, rows, 0.02).item() / 8 < 1e-6
+
+
+@pytest.mark.parametrize("logits_in_memory", [1, 1000, 10_000])
+def test_info_nce_in_blocks_is_info_nce_of_the_whole_matrix(logits_in_memory):
+    results = []
+    for function, more in ((info_nce, ()), (info_nce_in_blocks, (logits_in_memory,))):
+        query, document = (unit_rows(100, seed=i).requires_grad_() for i in (1, 2))
+        loss = function(query[:60], document, 0.05, 30, *more)
+        loss.backward()
+        results.append((loss.detach(), query.grad, document.grad))
+    for whole, blocks in zip(*results, strict=True):
+        torch.testing.assert_close(blocks, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_no_more_logits_are_in_memory_than_allowed():
+    query, document = (torch.randn(512, 16).requires_grad_() for _ in range(2))
+    for logits_in_memory in (64 * 512, 512 * 512):
+        with LargestTensor() as largest:
+            info_nce_in_blocks(query, document, 0.05, 0, logits_in_memory).backward()
+        assert largest.elements == logits_in_memory
 
 
 # ------------------------------------------------------------------------------------------------
 # GradCache
+
+TEXTS = random_texts(np.random.default_rng(0).integers(3, 40, 16))
 
 
 def loss_of(embeddings):
@@ -62,73 +77,39 @@ def loss_of(embeddings):
     return info_nce(query, document, 0.05) / len(query)
 
 
-def gradients(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def whole_batch(texts):
+def whole_batch():
     model = tiny_model()
-    loss = loss_of(embed(model, texts, 100_000))
+    loss = loss_of(embed(model, TEXTS, 100_000))
     loss.backward()
     return loss.item(), gradients(model)
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 50, 200, 100_000])
 def test_grad_cache_has_the_gradient_of_the_whole_batch(micro_batch_tokens):
-    texts = texts_of(16)
-    loss, expected = whole_batch(texts)
+    loss, expected = whole_batch()
     model = tiny_model()
-    cached = grad_cache(model, texts, loss_of, micro_batch_tokens)
+    cached = grad_cache(model, TEXTS, loss_of, micro_batch_tokens)
     assert cached.item() == pytest.approx(loss, abs=1e-5)
     assert torch.allclose(gradients(model), expected, atol=1e-5)
 
 
-def test_plain_accumulation_has_not():
+def test_plain_gradient_accumulation_has_another_gradient():
     """Four small batches are not one large one: their queries miss each other's documents."""
-    texts = texts_of(16)
-    _, expected = whole_batch(texts)
+    _, expected = whole_batch()
     model = tiny_model()
     for i in range(0, 8, 2):
-        (loss_of(embed(model, texts[i : i + 2] + texts[8 + i : 10 + i], 100_000)) / 4).backward()
+        (loss_of(embed(model, TEXTS[i : i + 2] + TEXTS[8 + i : 10 + i], 100_000)) / 4).backward()
     assert (gradients(model) - expected).abs().max() > 0.1 * expected.abs().max()
-
-
-def test_every_text_is_encoded_whatever_the_micro_batches():
-    lengths = [len(text) for text in texts_of(50)]
-    for budget in (1, 64, 10_000):
-        groups = micro_batches(lengths, budget)
-        assert sorted(np.concatenate(groups)) == list(range(50))
-        assert all(len(g) == 1 or sum(lengths[i] for i in g) <= budget for g in groups)
-
-
-@pytest.mark.parametrize("scores", [1, 1000, 10_000])
-def test_info_nce_in_blocks_of_rows_is_that_of_the_whole_matrix(scores):
-    gradients = {}
-    for limit in (1 << 23, scores):
-        query, document = (unit_rows(100, seed=i).requires_grad_() for i in (1, 2))
-        loss = info_nce(query[:60], document, 0.05, first=30, scores=limit)
-        loss.backward()
-        gradients[limit] = (loss.detach(), query.grad, document.grad)
-    for whole, blocks in zip(*gradients.values(), strict=True):
-        torch.testing.assert_close(blocks, whole, rtol=1e-12, atol=1e-12)
-
-
-def test_no_matrix_of_scores_is_larger_than_a_block():
-    query, document = (torch.randn(512, 16).requires_grad_() for _ in range(2))
-    with LargestTensor() as largest:
-        info_nce(query, document, 0.05, scores=64 * 512).backward()
-    assert largest.elements == 64 * 512
-    with LargestTensor() as largest:
-        info_nce(query, document, 0.05).backward()
-    assert largest.elements == 512 * 512
 
 
 # ------------------------------------------------------------------------------------------------
 # Several processes
 
 
-def test_only_gathering_with_gradient_has_the_gradient_of_one_process():
+def test_only_gathering_with_gradient_has_the_gradient_of_one_process(monkeypatch):
     """Size and direction (cosine) of the gradient over the true one, with 2 and 4 processes."""
+    fork = functools.partial(multiprocessing.start_processes, start_method="fork")
+    monkeypatch.setattr(multiprocessing, "spawn", fork)  # does not import everything again
     found = gradients_bench.measure(gradients_bench.Options(pairs=16))
     for world in (2, 4):
         size, cosine = found[world, "exact"]
@@ -138,7 +119,10 @@ def test_only_gathering_with_gradient_has_the_gradient_of_one_process():
         assert found[world, "not gathered"][1] < found[world, "without gradient"][1] < 0.999
 
 
-def test_the_learning_rate_falls_with_the_inverse_square_root():
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_falls_with_the_inverse_square_root_of_the_step():
     """2e-4 after 700 steps of warm-up, 4.4e-5 at the end of the paper's 14,316 (sec. 4.2.3)."""
     config = Config(lr=2e-4, warmup=700, steps=14_316)
     assert learning_rate(0, config) == pytest.approx(2e-4 / 700)
@@ -146,7 +130,7 @@ def test_the_learning_rate_falls_with_the_inverse_square_root():
     assert learning_rate(14_315, config) == pytest.approx(4.4e-5, rel=0.01)
 
 
-def test_keeping_only_the_embeddings_centres_them_and_begins_the_rest_anew():
+def test_keeping_only_the_embeddings_centres_them_and_initialises_the_rest():
     model, trained = tiny_model(), tiny_model()
     keep_only_embeddings(model)
     words, before = (m.embeddings.word_embeddings.weight for m in (model, trained))

@@ -1,17 +1,21 @@
 """The data folder: what is held out stays out, and batches are a function of (seed, step)."""
 
 import json
+import os
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
+from common.files import write_json
+from common.options import InputError
 from data import docstrings, prepare, pydocs
-from data.prepare import NearDuplicates, split_of
-from data.store import PairBatches, Sequences, Source, open_sources, shuffled
-from options import InputError
+from data.prepare import HeldOut, NearDuplicates, data_folder, encode, split_of, word_hashes
+from data.store import PairBatches, Sequences, Source, open_sources
+from data.tasks import read_task
 
 
 def rows_of(path):
@@ -22,49 +26,30 @@ def rows_of(path):
 # Batches
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 100, 1000, 4096, 4097])
-def test_a_shuffle_is_a_permutation_that_depends_on_the_seed(n):
-    order = shuffled(np.arange(n), n, [0, 1])
-    assert sorted(order) == list(range(n))
-    if n >= 100:
-        assert np.array_equal(shuffled(np.arange(50), n, [0, 1]), order[:50]), "any part at a time"
-        assert not np.array_equal(order, shuffled(np.arange(n), n, [0, 2]))
-        assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.3
-
-
-def test_a_shuffle_of_235_million_rows_needs_no_list_of_them():
-    rows = shuffled(np.arange(16_384), 234_553_344, 0)
-    assert len(np.unique(rows)) == 16_384 and rows.max() < 234_553_344
-
-
 def test_a_batch_comes_from_one_source_and_an_epoch_has_every_row_once(data, data_tokenizer):
     sources = open_sources(data / "stage2", data_tokenizer)
     batches = PairBatches(sources, 16, seed=3)
     epoch = len(batches.source_of)
     seen = {source.name: [] for source in sources}
-    for step in range(epoch):
-        source, rows = batches.at(step)
+    for source, rows in map(batches.at, range(epoch)):
         assert len(rows) == 16
-        seen[source.name] += list(rows)
+        seen[source.name] += rows.tolist()
     for source in sources:
         assert len(seen[source.name]) == len(source) // 16 * 16
         assert len(set(seen[source.name])) == len(seen[source.name])
-    again = [
-        (source.name, rows.tolist()) for source, rows in map(batches.at, range(epoch, 2 * epoch))
-    ]
-    first = [(source.name, rows.tolist()) for source, rows in map(batches.at, range(epoch))]
+    first, again = (
+        [(source.name, rows.tolist()) for source, rows in map(batches.at, steps)]
+        for steps in (range(epoch), range(epoch, 2 * epoch))
+    )
     assert again != first, "the next epoch has another order"
 
 
 def test_batches_are_a_function_of_seed_and_step(data, data_tokenizer):
     sources = open_sources(data / "stage2", data_tokenizer)
-    one, other = PairBatches(sources, 16, seed=3), PairBatches(sources, 16, seed=3)
+    one, same, other = (PairBatches(sources, 16, seed=seed) for seed in (3, 3, 4))
     for step in (17, 3, 17):  # in any order, after any history
-        assert np.array_equal(one.at(step)[1], other.at(step)[1])
-    assert any(
-        not np.array_equal(one.at(s)[1], PairBatches(sources, 16, seed=4).at(s)[1])
-        for s in range(5)
-    )
+        assert np.array_equal(one.at(step)[1], same.at(step)[1])
+    assert any(not np.array_equal(one.at(step)[1], other.at(step)[1]) for step in range(5))
 
 
 def test_sequences_are_full_and_an_epoch_has_each_once(data, data_tokenizer):
@@ -74,7 +59,7 @@ def test_sequences_are_full_and_an_epoch_has_each_once(data, data_tokenizer):
     rows = np.concatenate([sequences.rows(step, 8, seed=0) for step in range(steps)])
     assert sorted(rows[: len(sequences)]) == list(range(len(sequences)))
     joined = np.concatenate([sequences[i] for i in range(20)])
-    assert np.array_equal(joined, sequences.tokens[: 20 * 64]), "texts run on from one to the next"
+    assert np.array_equal(joined, sequences.tokens[: 20 * 64]), "a text continues in the next one"
 
 
 def test_a_batch_larger_than_every_source_is_an_error(data, data_tokenizer):
@@ -87,98 +72,122 @@ def test_a_batch_larger_than_every_source_is_an_error(data, data_tokenizer):
 
 
 def test_stored_texts_are_what_the_tokenizer_makes_of_prefix_and_text(data, data_tokenizer):
-    """Training reads ids from disk, evaluation tokenizes strings: both must be the same."""
+    """Training reads ids from disk, evaluation tokenises strings: both must be the same."""
     for source in open_sources(data / "stage2", data_tokenizer):
         pairs = rows_of(data / "stage2" / source.name / "pairs.jsonl")
         for column in ("query", "document"):
             texts = [source.meta["prefixes"][column] + pair[column] for pair in pairs[:20]]
-            for ids, text in zip(source.texts(column, range(20), 10_000), texts, strict=False):
+            for ids, text in zip(source.texts(column, range(20), 10_000), texts, strict=True):
                 assert ids.tolist() == data_tokenizer.encode(text).ids
 
 
-def test_a_text_that_is_cut_keeps_its_ends(data, data_tokenizer):
+def test_a_truncated_text_keeps_its_ends(data, data_tokenizer):
     source = open_sources(data / "stage2", data_tokenizer)[0]
-    whole, cut = (source.texts("document", [0], length)[0] for length in (10_000, 12))
-    assert len(cut) == 12
-    assert np.array_equal(cut[:11], whole[:11]) and cut[11] == whole[-1]
+    whole, short = (source.texts("document", [0], length)[0] for length in (10_000, 12))
+    assert len(short) == 12
+    assert np.array_equal(short[:11], whole[:11]) and short[11] == whole[-1]
 
 
-def test_another_tokenizer_is_an_error_before_training(data, tokenizer):
+def test_another_tokenizer_and_another_kind_of_folder_are_errors(data, tokenizer, tmp_path):
     with pytest.raises(InputError, match="another tokenizer"):
         Source(data / "stage1" / "train", tokenizer)
-
-
-def test_a_folder_of_something_else_is_an_error(tmp_path, tokenizer):
-    with pytest.raises(InputError, match="not a source of texts"):
+    with pytest.raises(InputError, match="meta.json cannot be read"):
         Source(tmp_path, tokenizer)
-    with pytest.raises(InputError, match="no sources in .* such as jsonl.py"):
+    with pytest.raises(InputError, match="no sources in "):
         open_sources(tmp_path, tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------
-# What is held out
+# Near duplicates
 
 
 def test_splits_are_by_module_and_the_same_everywhere():
     splits = [split_of(f"module{i}") for i in range(10_000)]
     assert splits.count("dev") == pytest.approx(400, abs=80)
     assert splits.count("test") == pytest.approx(600, abs=80)
-    assert [split_of(name) for name in ("json.decoder", "numpy.linalg", "torch.nn")] == PINNED
-
-
-PINNED = ["train", "dev", "train"]
-
-
-def test_private_parts_belong_to_their_module():
-    assert pydocs.family("numpy._core._add_newdocs") == pydocs.family("numpy.core.add_newdocs")
+    pinned = [split_of(name) for name in ("json.decoder", "numpy.linalg", "torch.nn")]
+    assert pinned == ["train", "dev", "train"]
+    private, public = "numpy._core._add_newdocs", "numpy.core.add_newdocs"
+    assert pydocs.family(private) == pydocs.family(public)
 
 
 def test_near_duplicates_are_noticed_and_different_texts_are_not():
     text = "the quick brown fox jumps over the lazy dog and then it sleeps for a very long time"
-    seen = NearDuplicates()
-    assert seen.add(text)
-    assert not seen.add(text.upper() + "!")
-    assert not seen.add(text.replace("sleeps", "rests"))
-    assert seen.add("a wholly different sentence about tensors, gradients and their optimizers")
-    assert seen.add(""), "even a text without words"
+    other = "a wholly different sentence about tensors, gradients and their optimizers"
+    texts = [text, text.upper() + "!", text.replace("sleeps", "rests"), other, "", "two words"]
+    texts += ["Two words!", "two", ""]
+    new = NearDuplicates().add(*word_hashes(texts))
+    assert new.tolist() == [True, False, False, True, True, True, False, True, False]
 
 
-def test_held_out_text_is_not_in_the_training_text(data):
-    """Held-out documents of which half the 8-word runs stand in training text: one in a hundred at
-    most, pieced together from phrases that many documents share."""
+def random_texts(rng, held):
+    """Parts of held-out texts between other numbers."""
+    for i in range(300):
+        text, start = held[i % len(held)], rng.integers(0, 25)
+        part = text[start : start + rng.integers(3, 25)]
+        yield np.concatenate([rng.integers(100, 900, rng.integers(0, 15)), part, part[:4]])
+
+
+def test_near_duplicates_agree_with_sets_of_runs_counted_by_hand():
+    """The arithmetic on arrays, against Python's sets of tuples."""
+    rng = np.random.default_rng(0)
+    held = [rng.integers(0, 900, 40) for _ in range(20)]
+    texts = list(random_texts(rng, held))
+
+    def runs(text):
+        return {tuple(text[i : i + 8]) for i in range(max(1, len(text) - 7))}
+
+    index = NearDuplicates(run=8, share=0.5, least=8, shortest=3)
+    index.add(np.concatenate(held), np.array(list(map(len, held))), keep_all=True)
+    found = index.find(np.concatenate(texts), np.array(list(map(len, texts))))
+    expected = []
+    for text in map(runs, texts):
+        pairs = [(len(text & other), min(len(text), len(other))) for other in map(runs, held)]
+        expected.append(any(count >= max(8, 0.5 * fewer) for count, fewer in pairs))
+    assert (found > 0).tolist() == expected and 20 < sum(expected) < 280
+
+
+def test_held_out_text_is_found_and_quotes_and_unknown_scripts_are_not():
+    rng = np.random.default_rng(0)
+    words = [a + b + c for a in "bdfg" for b in "aeio" for c in "klmn"]
+    held, other = (" ".join(rng.choice(words, 40)) for _ in range(2))
+    tokenizer = prepare.train_tokenizer([held, other, *words], vocab_size=300)
+    parts = held.split()
+    texts = {
+        held.upper() + "!!": 2,
+        "A short, one.": 2,
+        "a short": 0,  # too short to say anything
+        other: 0,
+        f"{other} {held} {other}": 1,  # it stands within another text
+        " ".join(parts[:26]) + " " + other: 1,  # more than half of it
+        " ".join(parts[:4]) + " " + other: 0,  # a few words of it
+        " ".join(reversed(parts)): 0,
+        "жили были дед и баба": 0,  # another text that is nothing but [UNK]
+    }
+    index = HeldOut([held, "a short one", "мороз и солнце день чудесный"], tokenizer)
+    assert index.find_rows({"document": encode(tokenizer, texts)}).tolist() == list(texts.values())
+
+
+def test_held_out_documents_are_not_in_the_training_text(data):
+    """Of held-out documents at most one in a hundred has half of its 8-word runs in training text:
+    one that is made of phrases that many documents share."""
     training = set()
     for path in sorted(data.glob("stage*/*/pairs.jsonl")):
-        for pair in rows_of(path):
-            for text in pair.values():
-                tokens = prepare.words(text)
-                training.update(tuple(tokens[i : i + 8]) for i in range(len(tokens) - 7))
-    for task in pydocs.EVALUATED:
-        corpus = {
-            row["_id"]: row["text"] for row in rows_of(data / "retrieval" / task / "corpus.jsonl")
-        }
-        leaks, judged = [], 0
+        for text in (text for pair in rows_of(path) for text in pair.values()):
+            tokens = prepare.words(text)
+            training.update(tuple(tokens[i : i + 8]) for i in range(len(tokens) - 7))
+    for source in pydocs.EVALUATED:
+        leaks, count = [], 0
         for split in ("dev", "test"):
-            lines = (
-                (data / "retrieval" / task / "qrels" / f"{split}.tsv").read_text().split("\n")[1:-1]
-            )
-            for name in (line.split("\t")[1] for line in lines):
-                tokens = prepare.words(corpus[name])
+            documents, queries, judged, _ = read_task(data / "retrieval" / source, split)
+            texts = Counter(queries[query].lower() for query in judged)
+            assert max(texts.values()) == 1, "every query is unique"
+            for name in (name for answers in judged.values() for name in answers):
+                tokens = prepare.words(documents[name])
                 runs = [tuple(tokens[i : i + 8]) for i in range(len(tokens) - 7)]
-                judged += 1
-                if sum(run in training for run in runs) > 0.5 * max(1, len(runs)):
-                    leaks.append(name)
-        assert judged > 20 and len(leaks) <= max(1, judged // 100), leaks
-
-
-def test_every_query_has_its_document_in_the_pool_and_is_unique(data):
-    for task in pydocs.EVALUATED:
-        folder = data / "retrieval" / task
-        names = {row["_id"] for row in rows_of(folder / "corpus.jsonl")}
-        queries = rows_of(folder / "queries.jsonl")
-        for split in ("dev", "test"):
-            lines = (folder / "qrels" / f"{split}.tsv").read_text().split("\n")[1:-1]
-            assert lines and all(line.split("\t")[1] in names for line in lines)
-        assert len({row["text"].lower() for row in queries}) == len(queries)
+                count += 1
+                leaks += [name] * (sum(run in training for run in runs) > 0.5 * max(1, len(runs)))
+        assert count > 20 and len(leaks) <= max(1, count // 100), leaks
 
 
 # ------------------------------------------------------------------------------------------------
@@ -220,63 +229,122 @@ def test_docstrings_code_and_comments_are_read_without_importing(tmp_path):
     (comment,) = comments
     assert comment.text == "Check both before they are added up here"
     assert comment.code == "check(a, b)\nreturn a + b"
-    assert pydocs.summary_and_body(by_name["p.m"].docstring) == (
-        "About this module.",
-        "It does two things.",
-    )
+    about = "About this module.", "It does two things."
+    assert pydocs.summary_and_body(by_name["p.m"].docstring) == about
 
 
 def test_compiled_functions_of_torch_and_numpy_are_there():
-    entries = []
-    for package, path, module in docstrings.source_files("torch"):
-        if path.name in ("_torch_docs.py", "_tensor_docs.py"):
-            entries += docstrings.read_file((package, path, module))[0]
-    for package, path, module in docstrings.source_files("numpy"):
-        if path.name == "_add_newdocs.py":
-            entries += docstrings.read_file((package, path, module))[0]
+    files = [*docstrings.source_files("torch"), *docstrings.source_files("numpy")]
+    names = ("_torch_docs.py", "_tensor_docs.py", "_add_newdocs.py")
+    entries = [e for f in files if f[1].name in names for e in docstrings.read_file(f)[0]]
     documented = {entry.name: entry.docstring for entry in entries}
     assert documented["torch.abs"].startswith("Computes the absolute value")
-    assert "the input tensor" in documented["torch.sin"], "shared texts are filled in"
+    assert "the input tensor" in documented["torch.sin"], "shared texts are inserted"
     assert "torch.Tensor.add_" in documented
     assert documented["numpy._core.multiarray.array"].startswith("Create an array")
 
 
 # ------------------------------------------------------------------------------------------------
-# The script
+# The script, and the folder that it writes
 
 
-def prepare_small(out, *options):
-    command = [
-        sys.executable,
-        ROOT / "data/pydocs.py",
-        f"--out={out}",
-        "--core=tqdm",
-        "--vocab-size=1024",
-    ]
-    return subprocess.run([*command, *options], capture_output=True, text=True, cwd=out.parent)
+def run_pydocs(out, *options):
+    script = [sys.executable, ROOT / "data/pydocs.py", f"--out={out}"]
+    small = ["--core=tqdm", "--vocab-size=1024"]
+    return subprocess.run([*script, *small, *options], capture_output=True, text=True)
 
 
 def test_preparing_twice_gives_equal_files_and_a_third_time_does_nothing(tmp_path):
-    first, second = prepare_small(tmp_path / "a"), prepare_small(tmp_path / "b")
+    first, second = run_pydocs(tmp_path / "a"), run_pydocs(tmp_path / "b")
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
     assert len(files) > 20
     for path in files:
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
-    again = prepare_small(tmp_path / "a", "--show=3")
+    again = run_pydocs(tmp_path / "a", "--show=3")
     assert "nothing to do" in again.stdout and again.stdout.count("\n---") == 3
+    changed = run_pydocs(tmp_path / "a", "--vocab-size=512")
+    assert "wrote" in changed.stdout, "a data folder is replaced"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_a_package_that_is_not_there_is_an_error_and_leaves_nothing(tmp_path):
-    result = prepare_small(tmp_path / "a", "--packages=no_such_package")
+def test_a_missing_package_and_a_missing_folder_are_one_line_and_leave_nothing(tmp_path):
+    result = run_pydocs(tmp_path / "a", "--packages=no_such_package")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "no_such_package is not installed" in result.stderr
+    with pytest.raises(InputError, match="python data/pydocs.py --out=.*a makes one"):
+        pydocs.make_if_missing(str(tmp_path / "a"))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "letter.txt").write_text("dear")
-    result = prepare_small(tmp_path / "a")
-    assert result.returncode == 2 and "something else" in result.stderr
-    assert (tmp_path / "a" / "letter.txt").read_text() == "dear"
+def test_the_embedded_data_is_made_where_it_is_missing(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(pydocs, "Options", lambda: "the defaults")
+    made = []
+    monkeypatch.setattr(pydocs, "prepare", made.append)
+    monkeypatch.chdir(tmp_path)
+    pydocs.make_if_missing("out/pydocs")
+    assert made == ["the defaults"]
+    pydocs.make_if_missing(str(data))
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"letter.txt": "dear"},
+        {"meta.json": "{}"},
+        {"meta.json": '{"made_by": "somebody"}', "stage1": "x"},
+        {"meta.json": '{"made_by": "nanoembed"}', "letter.txt": "dear"},
+    ],
+)
+def test_a_folder_of_something_else_is_left_alone(tmp_path, files):
+    (tmp_path / "out").mkdir()
+    for name, text in files.items():
+        (tmp_path / "out" / name).write_text(text)
+    with pytest.raises(InputError, match="out is not a data folder"), data_folder(tmp_path / "out"):
+        raise AssertionError("the block must not run")
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == files
+
+
+def test_a_data_folder_takes_its_name_only_when_it_is_whole(tmp_path):
+    out = tmp_path / "out"
+    for name in ("out.tmp", "out.partial"):  # the user's own
+        (tmp_path / name).mkdir()
+
+    def write(text):
+        with data_folder(out) as folder:
+            write_json(folder / "meta.json", {"made_by": "nanoembed", "text": text})
+            assert text != "third"
+
+    write("first")
+    write("second")
+    with pytest.raises(AssertionError):
+        write("third")
+    assert json.loads((out / "meta.json").read_text())["text"] == "second"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.partial", "out.tmp"]
+
+
+def test_a_kill_while_a_folder_is_replaced_loses_neither(tmp_path):
+    """Killed between the two renames: the old folder and the new one are there, under one name."""
+    with data_folder(tmp_path / "out") as folder:
+        write_json(folder / "meta.json", {"made_by": "nanoembed"})
+    script = (
+        "import os, pathlib, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from data.prepare import data_folder\n"
+        "rename = pathlib.Path.rename\n"
+        "def once(*paths): rename(*paths); os._exit(9)\n"
+        "with data_folder(sys.argv[2]) as folder:\n"
+        "    (folder / 'tokenizer.json').write_text('new')\n"
+        "    pathlib.Path.rename = once\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(ROOT), str(tmp_path / "out")])
+    (kept,) = tmp_path.iterdir()
+    assert (kept / "old/meta.json").is_file() and (kept / "new/tokenizer.json").is_file()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(InputError, match="cannot write .*out: Permission denied"):
+        with data_folder(tmp_path / "locked" / "out"):
+            pass

@@ -1,30 +1,43 @@
-"""Metrics against values worked out by hand, and search by the real thing."""
+"""Metrics against values worked out by hand and other libraries; search, STS, retrieval and MTEB by
+the real thing."""
 
+import gzip
 import json
 import math
+import re
 
 import numpy as np
 import pytest
-from tiny import tiny_model
+from tiny import tiny_model, train
 
+import contrastive
 import evaluate
-from evaluate import Options
-from options import InputError
-from retrieval import Retrieval, bm25_rank, mrr, ndcg, recall, summary, top_k
-from search import Index
+from common.options import InputError
+from data.tasks import read_scored_pairs
+from evaluate import Options, Retrieval, mrr, ndcg, pearson, ranks, recall, spearman, summary, top_k
+from model import NomicBert
 
 
-def test_one_right_document_at_each_rank():
+@pytest.fixture
+def directory(data_tokenizer, tmp_path):
+    """A checkpoint of the tokenizer of `data`."""
+    tiny_model(data_tokenizer).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# ------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def test_one_relevant_document_at_each_rank():
     for rank in range(1, 11):
         ranking = [0] * (rank - 1) + [7] + [0] * (10 - rank)
-        assert recall(ranking, {7: 1}) == 1
-        assert mrr(ranking, {7: 1}) == 1 / rank
+        assert recall(ranking, {7: 1}) == 1 and mrr(ranking, {7: 1}) == 1 / rank
         assert ndcg(ranking, {7: 1}) == pytest.approx(1 / math.log2(1 + rank))
-    beyond = [0] * 10 + [7]
-    assert recall(beyond, {7: 1}) == mrr(beyond, {7: 1}) == ndcg(beyond, {7: 1}) == 0
+    assert [metric([0] * 10 + [7], {7: 1}) for metric in (recall, mrr, ndcg)] == [0, 0, 0]
 
 
-def test_several_right_documents_of_different_grades():
+def test_several_relevant_documents_of_different_grades():
     """Grades 3, 0, 2 found, and one of grade 1 missed: dcg = 3 + 2/2, best = 3 + 2/1.585 + 1/2."""
     relevant = {5: 3, 6: 2, 7: 1}
     assert ndcg([5, 9, 6], relevant) == pytest.approx((3 + 2 / 2) / (3 + 2 / math.log2(3) + 1 / 2))
@@ -32,40 +45,245 @@ def test_several_right_documents_of_different_grades():
     assert mrr([9, 6, 5], relevant) == 1 / 2
 
 
-def test_standard_error_is_the_deviation_of_the_mean():
-    assert summary([0, 1, 0, 1])["mean"] == 0.5
-    assert summary([0, 1, 0, 1])["error"] == pytest.approx(math.sqrt(1 / 3) / 2)
+def test_the_standard_error_is_the_deviation_of_the_mean():
+    assert summary([0, 1, 0, 1]) == {"mean": 0.5, "error": pytest.approx(math.sqrt(1 / 3) / 2)}
 
 
-def test_top_k_in_blocks_is_exact():
+def test_spearman_looks_at_the_order_and_pearson_at_the_line():
+    x = np.arange(1.0, 9.0)
+    assert spearman(x, x**3) == pytest.approx(1) and pearson(x, x**3) < 0.95
+    assert spearman(x, -x) == pytest.approx(-1) and pearson(x, 2 * x + 1) == pytest.approx(1)
+    assert ranks([10, 20, 10, 30]).tolist() == [1.5, 3, 1.5, 4], "equal values share a mean rank"
+
+
+def test_correlations_equal_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=200), rng.integers(0, 6, 200)
+    assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)
+    assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+
+
+@pytest.mark.parametrize("block", [(4096, 8192), (7, 13), (1, 99)])
+@pytest.mark.parametrize("k", [1, 5, 999])
+def test_the_best_of_all_blocks_are_the_best_of_all(block, k):
     rng = np.random.default_rng(0)
     query, document = rng.normal(size=(37, 8)).astype("f"), rng.normal(size=(100, 8)).astype("f")
-    scores, numbers = top_k(query, document, 5, block=(10, 30))
+    scores, numbers = top_k(query, document, k, block)
     exact = query @ document.T
-    assert np.array_equal(numbers, np.argsort(-exact, axis=1)[:, :5])
-    np.testing.assert_allclose(scores, np.take_along_axis(exact, numbers, 1), rtol=1e-5)
+    assert np.array_equal(numbers, np.argsort(-exact, axis=1)[:, :k])
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, numbers, 1), rtol=1e-4)
 
 
-def test_a_sampled_pool_keeps_every_right_document(data):
-    folder = data / "retrieval" / "summary-body"
-    whole, sample = Retrieval(folder, "test"), Retrieval(folder, "test", pool=60, queries=10)
-    assert len(sample.queries) == 10 and len(sample.documents) == 60
-    for number, relevant in enumerate(sample.relevant):
-        (right,), (right_in_whole,) = relevant, whole.relevant[number]
-        assert sample.documents[right] == whole.documents[right_in_whole]
+# ------------------------------------------------------------------------------------------------
+# Retrieval tasks in the BEIR layout
+
+CORPUS = [{"_id": f"d{i}", "title": "", "text": f"document number {i} of many"} for i in range(30)]
+CORPUS[7] |= {"title": "Seven", "text": "is a number"}
+QUERIES = [{"_id": "q1", "text": "Seven is a number"}, {"_id": "q2", "text": "document number 13"}]
+QRELS = ["query-id\tcorpus-id\tscore", "q1\td7\t2", "q1\td13\t0", "q2\td13\t1"]
+
+
+def write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def write_task(folder, corpus=CORPUS, queries=QUERIES, qrels=QRELS, ending=""):
+    for name, rows in (("corpus", corpus), ("queries", queries)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write_text(folder / f"{name}.jsonl{ending}", lines)
+    write_text(folder / "qrels" / "test.tsv", "\n".join(qrels) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_task_is_read_with_titles_and_prefixes_and_without_grade_0(tmp_path, ending):
+    task = Retrieval(write_task(tmp_path / "task", ending=ending), "test")
+    assert task.documents[7] == "Seven is a number" and len(task.documents) == 30
+    assert task.relevant == [{7: 2}, {13: 1}]
+    assert task.prefixes["query"] == "search_query: "
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"corpus": [{"_id": "d7"}]}, "corpus.jsonl, line 1: not {"),
+        ({"queries": [*QUERIES, []]}, "queries.jsonl, line 3: not {"),
+        ({"qrels": ["q1 d7 1"]}, "test.tsv, line 1: not query-id, corpus-id, score with tabs"),
+        ({"qrels": [*QRELS, "q2\td99\t1"]}, "test.tsv, line 5: d99 is not in corpus.jsonl"),
+        ({"qrels": [*QRELS, "q9\td3\t1"]}, "test.tsv, line 5: q9 is not in queries.jsonl"),
+        ({"qrels": QRELS[:1]}, "test.tsv judges no document relevant"),
+    ],
+)
+def test_a_bad_task_is_an_error_that_names_file_and_line(tmp_path, damage, message):
+    with pytest.raises(InputError, match=message):
+        Retrieval(write_task(tmp_path / "task", **damage), "test")
+
+
+def test_a_sampled_pool_keeps_every_relevant_document(tmp_path):
+    whole = Retrieval(write_task(tmp_path / "task"), "test")
+    sample = Retrieval(tmp_path / "task", "test", pool=5, queries=1)
+    assert len(sample.queries) == 1 and len(sample.documents) == 5
+    (right,) = sample.relevant[0]
+    assert sample.documents[right] == whole.documents[7]
 
 
 def test_bm25_finds_a_document_by_its_words(data):
     task = Retrieval(data / "retrieval" / "summary-body", "test")
-    task.queries = task.documents[:5]
-    task.relevant = [{i: 1} for i in range(5)]
-    rankings = bm25_rank(task, split_identifiers=True)
-    assert np.mean(task.scores(rankings)["recall@10"]) == 1
+    task.queries, task.relevant = task.documents[:5], [{i: 1} for i in range(5)]
+    assert np.mean(task.scores(task.rank_bm25(split_identifiers=True))["recall@10"]) == 1
 
 
-def test_a_folder_that_is_no_task_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="corpus.jsonl cannot be read: No such file"):
-        Retrieval(tmp_path, "test")
+def test_a_folder_is_scored_beside_bm25(directory, tmp_path, capsys):
+    options = Options(model=str(directory), out=str(tmp_path))
+    evaluate.retrieval(options, write_task(tmp_path / "task"))
+    lines = capsys.readouterr().out.splitlines()
+    assert "recall@100" in lines[1] and lines[2].startswith("BM25") and len(lines) == 4
+    bm25, model = (line[20:].split() for line in lines[2:])
+    assert float(bm25[0]) > 0.9, "the queries' words are the documents'"
+    assert float(model[6]) == 1.0, "recall@100 among 30 documents"
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 2
+
+
+# ------------------------------------------------------------------------------------------------
+# STS
+
+PAIRS = [
+    ("A man, in a hat, dances.", "A man dances.", 4.5),
+    ("A child rides a horse.", "A mouse is fed to a snake.", 0.0),
+    ('They say "no".', "They say no.", 5.0),
+    ("Reads a file.", "Returns the words of a file.", 2.5),
+]
+
+
+def write_pairs(path, pairs=PAIRS, header=False):
+    rows = [("sentence1", "sentence2", "score")] * header + list(pairs)
+    if ".csv" in path.name:
+        rows = [['"' + str(cell).replace('"', '""') + '"' for cell in row] for row in rows]
+    separator = "\t" if ".tsv" in path.name else ","
+    return write_text(path, "".join(separator.join(map(str, row)) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz", "a.tsv.gz"])
+@pytest.mark.parametrize("header", [False, True])
+def test_scored_pairs_are_read_from_csv_and_tsv(tmp_path, name, header):
+    columns = read_scored_pairs(write_pairs(tmp_path / name, header=header))
+    assert list(zip(*columns, strict=True)) == PAIRS
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b,1\nc,d\n", "a.csv, line 2: not two sentences and a score, but 2 fields"),
+        ("a,b,1\nc,d,high\n", "a.csv, line 2: not two sentences and a score"),
+        ("a,b,1\nc,d,1\n", "a.csv: 2 scores, all equal"),
+        ("", "a.csv: 0 scores"),
+        (None, "a.csv cannot be read: No such file"),
+    ],
+)
+def test_bad_pairs_are_an_error_that_names_the_line(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_scored_pairs(tmp_path / "a.csv")
+
+
+def test_a_truncated_gzip_file_is_an_error(tmp_path):
+    path = write_pairs(tmp_path / "a.csv.gz", PAIRS * 50)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match="a.csv.gz cannot be read after line"):
+        read_scored_pairs(path)
+
+
+def test_sts_is_the_correlation_of_cosines_with_the_prefix_of_classification(directory, tmp_path):
+    path, model = write_pairs(tmp_path / "a.csv"), NomicBert.from_pretrained(directory)
+    evaluate.sts(Options(model=str(directory), out=str(tmp_path)), path)
+    found = json.loads((tmp_path / "results.json").read_text())[f"sts {path}"]
+    x, y = (model.encode([f"classification: {pair[i]}" for pair in PAIRS]) for i in (0, 1))
+    cosines, scores = (x * y).sum(1), [pair[2] for pair in PAIRS]
+    assert found["Spearman"] == pytest.approx(spearman(cosines, scores))
+    assert found["Pearson"] == pytest.approx(pearson(cosines, scores))
+
+
+# ------------------------------------------------------------------------------------------------
+# MTEB, with tasks that are made here
+
+
+def mteb_task(base, name, kind, main_score, dataset):
+    """A task object of mteb that brings its data along."""
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    about = {"description": "made in a test", "dataset": {"path": "made/here", "revision": "1"}}
+    about |= {"eval_splits": ["test"], "eval_langs": ["eng-Latn"], "main_score": main_score}
+
+    class Task(base):
+        metadata = TaskMetadata(name=name, type=kind, **about)
+        min_score, max_score = 0, 5
+
+        def load_data(self, *arguments, **kwargs):
+            self.dataset, self.data_loaded = dataset, True
+
+    return Task()
+
+
+def test_mteb_scores_tasks_as_we_do_and_takes_the_prefix_of_each_type(directory, tmp_path):
+    pytest.importorskip("mteb")
+    from datasets import Dataset
+    from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS
+
+    from common.mteb_adapter import run_mteb
+
+    task = Retrieval(write_task(tmp_path / "task"), "test")
+    corpus = [{"id": f"d{i}", "text": text} for i, text in enumerate(task.documents)]
+    queries = [{"id": row["_id"], "text": row["text"]} for row in QUERIES]
+    split = {"corpus": Dataset.from_list(corpus), "queries": Dataset.from_list(queries)}
+    split |= {"relevant_docs": {"q1": {"d7": 2}, "q2": {"d13": 1}}, "top_ranked": None}
+    first, second, scores = map(list, zip(*PAIRS, strict=True))
+    pairs = Dataset.from_dict({"sentence1": first, "sentence2": second, "score": scores})
+    kinds = ("MyTask", "Retrieval", "ndcg_at_10"), ("MyPairs", "STS", "cosine_spearman")
+    tasks = [
+        mteb_task(AbsTaskRetrieval, *kinds[0], {"default": {"test": split}}),
+        mteb_task(AbsTaskSTS, *kinds[1], {"test": pairs}),
+    ]
+    model = NomicBert.from_pretrained(directory)
+    asked, encode = [], model.encode
+    model.encode = lambda texts, *rest: asked.extend(texts) or encode(texts, *rest)
+    found = run_mteb(model, "tiny", tasks, tmp_path, max_tokens=128)
+    prefixes = {re.match(r"\w+: ", text)[0] for text in asked}
+    assert prefixes == {"classification: ", "search_query: ", "search_document: "}
+
+    expected = task.scores(task.rank(model, 128)[0])["nDCG@10"]
+    assert found["MyTask"] == pytest.approx(np.mean(expected), abs=1e-5)
+    x, y = (encode([f"classification: {text}" for text in side]) for side in (first, second))
+    assert found["MyPairs"] == pytest.approx(spearman((x * y).sum(1), scores))
+    written = {path.name for path in (tmp_path / "mteb" / "results").rglob("*.json")}
+    assert {"MyTask.json", "MyPairs.json", "model_meta.json"} <= written
+
+
+def test_each_type_of_mteb_task_has_the_prefix_of_the_paper():
+    mteb = pytest.importorskip("mteb")
+    from mteb.types import PromptType
+
+    from common.mteb_adapter import prefix
+
+    expected = {
+        "SciFact": ("search_query: ", "search_document: "),
+        "QuoraRetrieval": ("search_query: ", "search_query: "),
+        "TwentyNewsgroupsClustering.v2": ("clustering: ",) * 2,
+    }
+    others = ("Banking77Classification", "SprintDuplicateQuestions", "AskUbuntuDupQuestions")
+    others += ("STSBenchmark", "SummEvalSummarization.v2")
+    for name, prefixes in (expected | dict.fromkeys(others, ("classification: ",) * 2)).items():
+        task = mteb.get_task(name).metadata
+        assert (prefix(task, PromptType.query), prefix(task, PromptType.document)) == prefixes, name
+
+
+def test_an_mteb_task_that_does_not_exist_is_an_error(directory, tmp_path):
+    pytest.importorskip("mteb")
+    with pytest.raises(InputError, match="--tasks: NoSuchTask is not a task of mteb"):
+        evaluate.mteb(Options(model=str(directory), out=str(tmp_path), tasks="NoSuchTask"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -73,43 +291,77 @@ def test_a_folder_that_is_no_task_is_an_error(tmp_path):
 
 
 @pytest.fixture
-def model_directory(data_tokenizer, tmp_path):
-    directory = tmp_path / "model"
-    tiny_model(data_tokenizer).save_pretrained(directory)
-    return directory
+def search(directory, tmp_path, capsys):
+    """Searches CORPUS. Returns what is printed on stdout and stderr."""
+    lines = "".join(json.dumps(row) + "\n" for row in CORPUS)
+    write_text(tmp_path / "search" / "corpus.jsonl", lines)
+
+    def search():
+        options = Options(model=str(directory), data=str(tmp_path), out=str(tmp_path))
+        evaluate.search(options, "document number 13")
+        return capsys.readouterr()
+
+    return search
 
 
-def test_search_ranks_by_cosine_and_a_text_finds_itself(model_directory, data):
-    index = Index(model_directory, data, max_tokens=128)
-    row = json.loads((data / "search" / "corpus.jsonl").read_text().split("\n")[7])
-    index.embeddings = index.model.encode([row["text"]])[[0] * len(index.embeddings)]
-    assert len(list(index.search("anything"))) == 10
-    index = Index(model_directory, data, max_tokens=128)
-    found = list(index.search("the sum of two arrays"))
-    assert [score for score, _, _ in found] == sorted((s for s, _, _ in found), reverse=True)
+def test_search_shows_the_ten_best_by_cosine(search, directory):
+    shown = [line.split() for line in search().out.splitlines()[::2]]
+    scores = [float(score) for score, _ in shown]
+    model = NomicBert.from_pretrained(directory)
+    documents = model.encode([f"search_document: {row['text']}" for row in CORPUS])
+    (query,) = model.encode(["search_query: document number 13"])
+    cosines = {row["_id"]: x @ query for row, x in zip(CORPUS, documents, strict=True)}
+    assert len(scores) == 10 and scores == sorted(scores, reverse=True)
+    np.testing.assert_allclose(scores, sorted(cosines.values(), reverse=True)[:10], atol=2e-3)
+    np.testing.assert_allclose(scores, [cosines[name] for _, name in shown], atol=2e-3)
 
 
-def test_embeddings_are_kept_and_made_anew_when_the_checkpoint_changes(
-    model_directory, data, capsys
-):
-    Index(model_directory, data, max_tokens=128)
-    assert "embedding" in capsys.readouterr().err
-    Index(model_directory, data, max_tokens=128)
-    assert "embedding" not in capsys.readouterr().err
-    other = tiny_model(vocab_size=2048)
-    other.tokenizer = Index(model_directory, data, 128).model.tokenizer
+def test_embeddings_are_kept_until_the_checkpoint_changes_or_they_are_damaged(search, directory):
+    assert "embedding" in search().err and "embedding" not in search().err
+    other = NomicBert.from_pretrained(directory)
     other.emb_ln.weight.data.mul_(2)
-    other.save_pretrained(model_directory)
-    Index(model_directory, data, max_tokens=128)
-    assert "embedding" in capsys.readouterr().err
+    other.save_pretrained(directory)
+    assert "embedding" in search().err and "embedding" not in search().err
+    (directory / "search.npz").write_bytes(b"damaged")
+    assert "embedding" in search().err
 
 
-def test_an_empty_query_is_an_error(model_directory, data):
-    with pytest.raises(InputError, match="query is empty"):
-        list(Index(model_directory, data, 128).search("  "))
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["search", " "], "the query is empty"),
+        (["search", "x"], "nothing was trained in .*: make demo"),
+        ([], "nothing was trained in .*: python mlm.py, or make demo"),
+        (["sts"], "give search, long, plot, sts FILE"),
+        (["sts", "a", "b"], "give search"),
+        (["retrieval"], "give search"),
+        (["retrieval", "nowhere"], "has no qrels"),
+        (["mteb"], "give --tasks="),
+        (["sing"], "sing: give search"),
+    ],
+)
+def test_a_command_without_what_it_needs_says_so(words, message, data, tmp_path):
+    with pytest.raises(InputError, match=message):
+        evaluate.main([*words, f"--data={data}", f"--out={tmp_path}"])
 
 
-def test_nothing_trained_is_an_error_that_says_what_to_do(tmp_path, data):
-    for command in (evaluate.ladder, lambda options: evaluate.search(options, "x")):
-        with pytest.raises(InputError, match="nothing was trained in .* make demo"):
-            command(Options(data=str(data), out=str(tmp_path)))
+# ------------------------------------------------------------------------------------------------
+# The model card
+
+
+def test_the_model_card_is_filled_from_the_files_of_the_run(data, tmp_path):
+    out = tmp_path / "run"
+    losses, _ = train(contrastive, data, out, "--steps=4", "--save-every=2", stop_after=2)
+    card = (out / "README.md").read_text()
+    assert "2 of 4 steps" in card and "| batch_size | 8 | option |" in card
+    assert "stage 2, contrastive" in card and "data/pydocs.py" in card
+    assert f"| loss | {losses[-1]:.4g} |" in card
+
+    pairs = write_pairs(tmp_path / "pairs.csv")
+    evaluate.sts(Options(model=str(out), out=str(tmp_path)), pairs)
+    results = json.loads((out / "results.json").read_text())
+    spearman = results["similarity of the pairs in pairs.csv"]["Spearman"]
+    assert f"| Spearman | {spearman:.4g} |" in (out / "README.md").read_text()
+    train(contrastive, data, out, "--steps=4", "--save-every=2")
+    card = (out / "README.md").read_text()
+    assert "4 of 4 steps" in card and "Spearman" not in card, "results of weights that are gone"

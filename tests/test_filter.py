@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from tiny import tiny_model, unit_rows
 
+from common.files import fingerprint, load_tokenizer
+from common.options import InputError
 from data import filter as filtering
-from data import prepare, store
-from data.write import Tally, tokenizing, write_source
+from data import prepare
+from data.store import Source
+from evaluate import distinct
 from model import NomicBert
-from options import InputError
-from retrieval import distinct
 
 WORDS = [a + b + c for a in "rst" for b in "aeio" for c in "nlmr"]
 
@@ -42,11 +43,17 @@ def folder(tmp_path):
     tokenizer = prepare.train_tokenizer(texts, vocab_size=200)
     data = tmp_path / "data"
     for name, pairs in (("mixed", list(zip(texts, documents, strict=True))), ("other", other)):
-        prepare.write_pairs(data / "stage2" / name, pairs, ("a: ", "b: "), tokenizer)
-    prepare.write_documents(data / "stage1" / "train", texts, tokenizer)
-    tokenizer.save(str(data / "tokenizer.json"))
-    (data / "meta.json").write_text(json.dumps({"inputs": {}, "rows": {"mixed": 140, "other": 30}}))
+        write_pairs(data / "stage2" / name, pairs, tokenizer)
+    prepare.write_source(data / "stage1" / "train", {"document": texts}, {}, tokenizer)
+    prepare.save_tokenizer(data, tokenizer)
+    rows = {"stage2/mixed": 140, "stage2/other": 30}
+    (data / "meta.json").write_text(json.dumps({"made_by": "nanoembed", "rows": rows}))
     return data
+
+
+def write_pairs(folder, pairs, tokenizer):
+    columns = dict(zip(("query", "document"), zip(*pairs, strict=True), strict=True))
+    prepare.write_source(folder, columns, {"query": "a: ", "document": "b: "}, tokenizer)
 
 
 def lines(path):
@@ -80,16 +87,15 @@ def test_shuffled_pairs_go_and_real_ones_stay(folder, judge, capsys):
     real = sum(line in before[:100] for line in kept)
     assert real >= 95 and len(kept) - real <= 4
     shown = capsys.readouterr().out
-    assert f"mixed: kept {len(kept)} of 140 pairs" in shown and shown.count("thrown away:") == 4
+    assert f"mixed: kept {len(kept)} of 140 pairs" in shown and shown.count("removed: ") == 4
 
 
-def test_a_document_in_many_rows_does_not_push_itself_out(folder, judge, tokenizer):
+def test_a_document_in_many_rows_does_not_push_itself_out(folder, judge):
     """Ten different queries share a document; all of them stay, though two are the limit."""
     text = " ".join(WORDS[:6])
     pairs = [(f"{text} {word}", text) for word in WORDS[6:16]]
     pairs += [(word * 3, word * 2) for word in WORDS[20:40]]
-    data_tokenizer = store.load_tokenizer(folder)
-    prepare.write_pairs(folder / "stage2" / "shared", pairs, ("a: ", "b: "), data_tokenizer)
+    write_pairs(folder / "stage2" / "shared", pairs, load_tokenizer(folder))
     out = run(folder, judge, "--sources=shared")
     kept = lines(out / "stage2" / "shared" / "pairs.jsonl")
     assert kept[:10] == lines(folder / "stage2" / "shared" / "pairs.jsonl")[:10]
@@ -122,8 +128,8 @@ def test_rows_that_stay_keep_their_tokens_and_sources_that_stay_whole_are_linked
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     out = run(folder, judge, "--sources=mixed")
     assert all(path.read_bytes() == content for path, content in before.items())
-    tokenizer = store.load_tokenizer(out)
-    old, new = (store.Source(d / "stage2" / "mixed", tokenizer) for d in (folder, out))
+    tokenizer = load_tokenizer(out)
+    old, new = (Source(d / "stage2" / "mixed", tokenizer) for d in (folder, out))
     rows = {line: i for i, line in enumerate(lines(folder / "stage2" / "mixed" / "pairs.jsonl"))}
     kept = [rows[line] for line in lines(out / "stage2" / "mixed" / "pairs.jsonl")]
     assert len(new) == len(kept) < len(old)
@@ -136,39 +142,31 @@ def test_rows_that_stay_keep_their_tokens_and_sources_that_stay_whole_are_linked
     assert same and not os.path.samefile(folder / "tokenizer.json", out / "tokenizer.json")
     meta = json.loads((out / "meta.json").read_text())
     assert meta["filtered"] == {"mixed": {"rows": 140, "kept": len(kept)}}
-    assert meta["rows"]["mixed"] == new.meta["rows"] == len(kept)
+    assert meta["rows"]["stage2/mixed"] == new.meta["rows"] == len(kept)
     how = meta["inputs"]["filtered"]
     assert (how["judge"], how["top"], how["block"]) == (str(judge), 2, 1_000_000)
-    assert how["weights"] == store.fingerprint(judge / "model.safetensors")
+    assert how["weights"] == fingerprint(judge / "model.safetensors")
 
 
-def test_negatives_stay_with_their_rows(folder, judge):
-    tokenizer, where = store.load_tokenizer(folder), folder / "stage2" / "own"
-    rows = [
-        {"query": w * 2, "document": w, "negatives": WORDS[: i % 3]} for i, w in enumerate(WORDS)
-    ]
-    with tokenizing(tokenizer, processes=1) as tokenize:
-        prefixes = {"query": "a: ", "document": "b: "}
-        write_source(where, rows, prefixes, tokenize, Tally(), inputs=["rows"])
-    kept = np.zeros(len(rows), bool)
+def test_negatives_stay_with_their_rows(folder):
+    tokenizer, where = load_tokenizer(folder), folder / "stage2" / "own"
+    counts = np.arange(len(WORDS)) % 3
+    texts = {"query": [w * 2 for w in WORDS], "document": WORDS}
+    texts["negative"] = [word for count in counts for word in WORDS[:count]]
+    columns = {name: prepare.encode(tokenizer, found) for name, found in texts.items()}
+    writer = prepare.SourceWriter(where, {"query": "a: ", "document": "b: "}, tokenizer)
+    writer.append(columns, [f"{word}\n" for word in WORDS], counts)
+    writer.finish()
+    kept = np.zeros(len(WORDS), bool)
     kept[[1, 4, 5, 6]] = True
-    old = store.Source(where, tokenizer)
-    filtering.write_kept(old, where / "pairs.jsonl", kept, folder / "stage2" / "fewer", {})
-    new = store.Source(folder / "stage2" / "fewer", tokenizer)
+    filtering.write_kept(where, folder / "stage2" / "fewer", kept, tokenizer)
+    old, new = (Source(folder / "stage2" / name, tokenizer) for name in ("own", "fewer"))
+    assert lines(folder / "stage2/fewer/pairs.jsonl") == [WORDS[row] for row in (1, 4, 5, 6)]
     for i, row in enumerate([1, 4, 5, 6]):
         expected = old.texts("negative", old.negatives(row), 99)
-        got = new.texts("negative", new.negatives(i), 99)
-        assert len(got) == row % 3
-        assert all(np.array_equal(*pair) for pair in zip(got, expected, strict=True))
-    assert "inputs" not in new.meta, "else data/write.py would take it for the whole source"
-
-
-def test_operations_of_a_pair_are_those_of_its_products():
-    """Counted by hand: one layer, C = 4, I = 8, texts of 1 and 2 tokens, a block of 10."""
-    config = tiny_model(hidden_size=4, num_hidden_layers=1, intermediate_size=8).config
-    weights = 4 * 4 * 4 + 3 * 4 * 8  # Wqkv and out_proj; three matrices of the MLP
-    attention = 2 * 2 * 4 * (1 * 1 + 2 * 2)  # scores, and the sum of values
-    assert filtering.operations(config, 1, 2, 10) == (3 * 2 * weights + attention, 2 * 10 * 4)
+        found = new.texts("negative", new.negatives(i), 99)
+        assert len(found) == row % 3
+        assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -180,12 +178,12 @@ def test_operations_of_a_pair_are_those_of_its_products():
     [
         (
             ["--sources=mixed,nothing"],
-            "--sources=nothing: the sources of .*stage2 are mixed, other",
+            "--sources=nothing: .*stage2 has the sources mixed, other",
         ),
-        (["--top=0"], "--top=0: give 1 or more"),
+        (["--top=0"], "--top=0: give a whole number from 1"),
         (["--block=2"], "--top=2: in blocks of 2 pairs, all would stay"),
-        (["--judge=nowhere"], "there is no checkpoint directory nowhere"),
-        (["--max-tokens=-1"], "--max-tokens=-1: give 0 or more"),
+        (["--judge=nowhere"], "nowhere"),
+        (["--max-tokens=-1"], "--max-tokens=-1: give a whole number from 0"),
         (["--show=few"], "--show=few: not a whole number"),
         (["more"], "give one data folder"),
     ],
@@ -199,9 +197,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(options, message, folder, judg
 
 def test_a_folder_that_is_there_is_not_overwritten(folder, judge, tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="mine is there already: give another --out"):
+    with pytest.raises(InputError, match="mine is there already: choose another --out"):
         run(folder, judge, f"--out={tmp_path / 'mine'}")
-    with pytest.raises(InputError, match="no data in .*: python data/pydocs.py"):
+    with pytest.raises(InputError, match="mine is neither a data folder nor a checkpoint"):
         run(tmp_path / "mine", judge)
 
 
@@ -221,19 +219,12 @@ def test_text_that_does_not_fit_the_tokens_is_named(change, message, folder, jud
     assert [path.name for path in folder.parent.iterdir()] == ["data"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_a_folder_that_cannot_be_written_is_named(folder, judge, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(InputError, match="cannot write"):
-        run(folder, judge, f"--out={tmp_path / 'locked' / 'out'}")
-
-
 def test_a_full_disk_is_named_and_leaves_nothing(folder, judge):
     """No file may grow beyond 1,000 bytes, which the filtered tokens do."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(InputError, match="cannot write .*: File too large; nothing was left"):
+        with pytest.raises(InputError, match="cannot write .*: File too large"):
             run(folder, judge)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,30 +1,228 @@
-"""The loss of stage 3: every negative counts, and beginnings of embeddings become embeddings."""
+"""Hard negatives are hard, and negative; first dimensions become embeddings."""
 
+import numpy as np
 import pytest
 import torch
-from tiny import unit_rows
+from tiny import tiny_model, unit_rows
+from torch import multiprocessing
 
+from common import distributed
+from common.options import InputError
 from contrastive import info_nce
-from finetune import Config, learning_rate, matryoshka_sizes
+from data import prepare, store
+from finetune import (
+    Answers,
+    Config,
+    choose_negatives,
+    fill_up,
+    learning_rate,
+    likely_answers,
+    matryoshka_loss,
+    matryoshka_sizes,
+    mine,
+    mine_hard_negatives,
+)
+
+
+def mine_plainly(query, document, margin=1.0):
+    """All documents are found, by sorting; document i is the right one of query i."""
+    right, found = np.arange(len(query)), np.argsort(-(query @ document.T), axis=1)
+    return mine_hard_negatives(query, document, right, found, found == right[:, None], margin)
+
+
+# ------------------------------------------------------------------------------------------------
+# Hard, and negative
+
+
+@pytest.mark.parametrize("margin", [1.0, 0.95, 0.5])
+def test_negatives_are_the_nearest_that_score_below_the_margin_and_never_the_right_one(margin):
+    query, document = unit_rows(50), unit_rows(50, seed=1)
+    mined = mine_plainly(query, document, margin)
+    for i, scores in enumerate(query @ document.T):
+        bound = scores[i] - (1 - margin) * abs(scores[i])
+        expected = [j for j in np.argsort(-scores) if j != i and scores[j] < bound]
+        assert mined[i][mined[i] >= 0].tolist() == expected
+
+
+def test_a_stricter_margin_drops_more_and_infinity_drops_only_the_right_one():
+    query, document = unit_rows(100), unit_rows(100, seed=1)
+    dropped = [(mine_plainly(query, document, m) < 0).sum() for m in (np.inf, 1.0, 0.8, 0.5)]
+    assert 100 == dropped[0] < dropped[1] < dropped[2] < dropped[3]
+
+
+def test_a_score_equal_to_that_of_the_right_document_is_dropped():
+    document = unit_rows(3)[[0, 1, 0, 2]]  # 0 and 2 are equal
+    found = np.array([[2, 1, 3]])
+    likely = likely_answers(document[:1], document, np.array([0]), found)
+    assert likely.tolist() == [[True, False, False]]
+
+
+def test_the_margin_holds_where_cosines_are_negative():
+    query = np.array([[1, 0]], np.float32)
+    document = np.array([[-0.6, 0.8], [-0.59, 0.807], [-0.8, 0.6]], np.float32)
+    likely = likely_answers(query, document, np.array([0]), np.array([[1, 2]]), margin=0.95)
+    assert likely.tolist() == [[True, False]]
+
+
+def test_too_few_negatives_are_filled_up_with_random_documents_that_are_no_answers():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        filled = fill_up(np.array([3, -1, -1]), 2, 6, {0, 4}, rng)
+        assert filled[0] == 3 and filled[1] in (1, 2, 5) and filled[2] == -1
+
+
+# ------------------------------------------------------------------------------------------------
+# Mining a source. The last four of 30 rows: a copy of document 0; a document that equals document 1
+# as far as it is read; and another answer to each of the queries 2 and 3
+
+WORDS = [a + b + c for a in "rst" for b in "aei" for c in "nlm"]
+PAIRS = [(f"query of {word} and {word[::-1]}", f"text {word * 2}") for word in WORDS[:26]]
+PAIRS += [("nobody asks", PAIRS[0][1]), ("nobody knows", PAIRS[1][1] + " more" * 30)]
+PAIRS += [(PAIRS[2][0], "another answer"), (PAIRS[3][0], "one more answer")]
+PREFIXES = {"query": "q: ", "document": "d: "}
+
+
+def write_source(folder, pairs, tokenizer):
+    columns = dict(zip(("query", "document"), zip(*pairs, strict=True), strict=True))
+    prepare.write_source(folder, columns, PREFIXES, tokenizer)
+    return store.Source(folder, tokenizer)
+
+
+@pytest.fixture
+def source(tokenizer, tmp_path):
+    return write_source(tmp_path / "source", PAIRS, tokenizer)
+
+
+def settings(out, **values):
+    return Config(**{"out": str(out), "mined": 29, "margin": np.inf, **values})
+
+
+def test_copies_and_answers_to_an_equal_query_are_no_negatives(source, tokenizer, tmp_path):
+    """At margin inf, so that only the marks can tell."""
+    length = len(source.texts("document", [1], 99)[0])
+    config = settings(tmp_path / "out", document_tokens=length)
+    mined = mine(tiny_model(tokenizer), [source], config, 0)["source"]
+    copies, equal_as_read, two_answers = {0, 26}, {1, 27}, {2, 28}
+    for answers in (copies, equal_as_read, two_answers):
+        for row in answers:
+            assert not set(mined[row]) & answers
+    different = [row[row >= 0] for row in mined]
+    assert all(len(row) == len(set(row)) for row in different)
+    assert [len(row) for row in different[:4]] == [27, 27, 26, 26], "all others are found"
+
+
+def test_an_answer_is_known_by_every_query_of_its_words(source):
+    answers = Answers(source, 48, 64)
+    assert answers.of(0).tolist() == [0] and answers.of(2).tolist() == answers.of(28).tolist()
+    assert answers.of(2).tolist() == [2, 27], "the number of `another answer` is 27"
+    known = answers.known(np.array([2, 4]), np.array([[2, 27], [2, 27]]))
+    assert known.tolist() == [[True, True], [False, False]]
+
+
+def test_mining_equals_its_plain_twin(source, tokenizer, tmp_path):
+    """All scores, sorted. Of rows 0 and 26, whose documents are equal, 0 is the one that counts."""
+    model, config = tiny_model(tokenizer), settings(tmp_path / "out", mined=5, margin=1.0)
+    mined = mine(model, [source], config, 0)["source"]
+    query = model.encode([f"q: {query}" for query, _ in PAIRS], config.query_tokens)
+    document = model.encode([f"d: {text}" for _, text in PAIRS], config.document_tokens)
+    scores, filled_up = query @ document.T, 0
+    for i in range(26):
+        nearest = [j for j in np.argsort(-scores[i], kind="stable") if j != 26][:6]
+        expected = [
+            j for j in nearest
+            if scores[i, j] < scores[i, i] and PAIRS[j][0] != PAIRS[i][0] and j != i
+        ][:5]  # fmt: skip
+        found = mined[i][mined[i] >= 0].tolist()
+        filled_up += not expected
+        assert found == expected if expected else len(found) == config.negatives, i
+    assert filled_up < 13
+
+
+def mine_in_chunks_of_4(rank, world, source, model, folder):
+    if world > 1:
+        file = f"file://{folder}/store"
+        torch.distributed.init_process_group("gloo", file, rank=rank, world_size=world)
+    distributed.compute_in_shares.__defaults__ = (4,)
+    mine(model, [source], settings(folder / str(world), mined=5, margin=1.0), 0)
+
+
+def test_two_processes_mine_what_one_does(source, tokenizer, tmp_path):
+    """A chunk of rows is the same whichever process computes it, and so are its negatives."""
+    for world in (1, 2):
+        arguments = (world, source, tiny_model(tokenizer), tmp_path)
+        multiprocessing.start_processes(mine_in_chunks_of_4, arguments, world, start_method="fork")
+    one, two = (np.load(tmp_path / str(world) / "negatives.npz")["source"] for world in (1, 2))
+    assert np.array_equal(one, two)
+
+
+def test_a_query_that_all_documents_answer_is_named(tokenizer, tmp_path):
+    pairs = [("the same query", f"text {word}") for word in WORDS[:5]]
+    source = write_source(tmp_path / "source", pairs, tokenizer)
+    with pytest.raises(InputError, match="of 5 different documents, 5 answer the same query"):
+        mine(tiny_model(tokenizer), [source], settings(tmp_path / "out"), 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# What a step takes
+
+
+def test_negatives_are_drawn_from_those_that_were_mined(source):
+    mined = {"source": np.array([[3, 5, 7, -1]])}
+    expected, drawn = {tuple(text) for text in source.texts("document", [3, 5, 7], 64)}, set()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        chosen = {tuple(text) for text in choose_negatives(source, mined, 0, 2, 64, rng)}
+        assert len(chosen) == 2 and chosen < expected
+        drawn |= chosen
+    assert drawn == expected
+
+
+def test_a_source_keeps_the_negatives_that_it_brings(tokenizer, tmp_path):
+    """Two each, except row 0, which has none, and gets other rows' documents; never its own, which
+    every second row has."""
+    texts = {
+        "query": WORDS,
+        "document": [word if i % 2 else "the same" for i, word in enumerate(WORDS)],
+        "negative": [word * times for word in WORDS[1:] for times in (2, 3)],
+    }
+    columns = {name: prepare.encode(tokenizer, column) for name, column in texts.items()}
+    negatives = np.array([0] + [2] * (len(WORDS) - 1))
+    writer = prepare.SourceWriter(tmp_path / "own", PREFIXES, tokenizer)
+    writer.append(columns, [""] * len(WORDS), negatives)
+    writer.finish()
+    source = store.Source(tmp_path / "own", tokenizer)
+    mined = mine(tiny_model(tokenizer), [source], settings(tmp_path / "out"), 0)
+    assert mined == {}
+    own = [ids.tolist() for ids in source.texts("negative", source.negatives(5), 64)]
+    (right,) = source.texts("document", [0], 64)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        assert all(t.tolist() in own for t in choose_negatives(source, mined, 5, 2, 64, rng))
+        random = choose_negatives(source, mined, 0, 3, 64, rng)
+        assert len(random) == 3 and right.tolist() not in [ids.tolist() for ids in random]
 
 
 def test_every_negative_counts_in_the_loss():
     """A released GradCache cut the documents at the number of queries: 3 of 4 were never seen."""
-    query, document, negative = (torch.from_numpy(unit_rows(n, seed=n)) for n in (4, 4, 12))
-    query = document = torch.from_numpy(unit_rows(4))
-    full = info_nce(query, torch.cat((document, negative)), 0.5)
+    query, negative = (torch.from_numpy(unit_rows(n, seed=n)) for n in (4, 12))
+    full = info_nce(query, torch.cat((query, negative)), 0.5)
     for i in range(12):
-        without = torch.cat((document, negative[:i], negative[i + 1 :]))
+        without = torch.cat((query, negative[:i], negative[i + 1 :]))
         assert info_nce(query, without, 0.5) < full
 
 
-def test_matryoshka_sizes_are_those_of_v1_5():
+def test_matryoshka_adds_the_loss_of_the_first_dimensions_in_the_sizes_of_v1_5():
     assert matryoshka_sizes(768) == [64, 128, 256, 512, 768]
     assert matryoshka_sizes(256) == [64, 128, 256]
     assert matryoshka_sizes(32) == [32]
+    query, document = (torch.from_numpy(unit_rows(4, seed=seed)) for seed in (1, 2))
+    expected = info_nce(query, document, 0.1)
+    q, d = (x[:, :4] / x[:, :4].norm(dim=1, keepdim=True) for x in (query, document))
+    expected = expected + info_nce(q, d, 0.1)
+    torch.testing.assert_close(matryoshka_loss(query, document, 0.1, 0, [4, 8]), expected)
 
 
-def test_the_learning_rate_rises_and_falls_to_nothing():
+def test_the_learning_rate_rises_and_falls_to_zero():
     config = Config(lr=2e-5, warmup=400, steps=6612)
     assert learning_rate(399, config) == pytest.approx(2e-5)
     assert learning_rate(6611, config) < 1e-8

@@ -1,14 +1,30 @@
 """The model against its definition, written out once more, plainly and in float64."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import softmax_attention, tiny_model
+from tiny import random_texts, softmax_attention, tiny_model
+from torch.nn.attention.varlen import varlen_attn
 
+import contrastive
+import mlm
+from common.options import InputError
 from data.store import pack
-from model import Config, NomicBert, NomicBertForMaskedLM, mean_pool
-from options import InputError
+from model import (
+    Block,
+    ModelConfig,
+    NomicBert,
+    NomicBertForMaskedLM,
+    Segments,
+    attend_in_blocks,
+    find_segments,
+    mean_pool,
+    packed_attention,
+    varlen_kernel,
+)
 
 # ------------------------------------------------------------------------------------------------
 # The plain twin: one text, no packing, nothing fused
@@ -23,92 +39,184 @@ def rotated(x, base):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def reference(model, tokens):
+def written_out(model, tokens):
     """The hidden states of one text in float64, from the weights by their published names."""
     w = {name: p.double() for name, p in model.state_dict().items()}
     config, L = model.config, len(tokens)
-    H, C = config.num_attention_heads, config.hidden_size
-    D = C // H
+    H, C, D = config.num_attention_heads, config.hidden_size, config.head_size
     base = config.rope_base
     if L > config.trained_length:
         s = config.rope_factor
         base *= (s * L / config.trained_length - (s - 1)) ** (D / (D - 2))
 
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T
+
     def norm(x, name):
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-12).sqrt()
         return x * w[f"{name}.weight"] + w[f"{name}.bias"]
 
-    x = (
-        w["embeddings.word_embeddings.weight"][tokens]
-        + w["embeddings.token_type_embeddings.weight"][0]
-    )
-    x = norm(x, "emb_ln")
+    words = w["embeddings.word_embeddings.weight"][tokens]
+    x = norm(words + w["embeddings.token_type_embeddings.weight"][0], "emb_ln")
     for i in range(config.num_hidden_layers):
         layer = f"encoder.layers.{i}"
-        q, k, v = (x @ w[f"{layer}.attn.Wqkv.weight"].T).view(L, 3, H, D).unbind(1)
+        q, k, v = linear(x, f"{layer}.attn.Wqkv").view(L, 3, H, D).unbind(1)
         mixed = softmax_attention(rotated(q, base), rotated(k, base), v).reshape(L, C)
-        x = norm(x + mixed @ w[f"{layer}.attn.out_proj.weight"].T, f"{layer}.norm1")
-        up, gate = x @ w[f"{layer}.mlp.fc11.weight"].T, x @ w[f"{layer}.mlp.fc12.weight"].T
-        x = norm(
-            x + (up * gate * gate.sigmoid()) @ w[f"{layer}.mlp.fc2.weight"].T, f"{layer}.norm2"
-        )
+        x = norm(x + linear(mixed, f"{layer}.attn.out_proj"), f"{layer}.norm1")
+        up, gate = linear(x, f"{layer}.mlp.fc11"), linear(x, f"{layer}.mlp.fc12")
+        x = norm(x + linear(up * gate * gate.sigmoid(), f"{layer}.mlp.fc2"), f"{layer}.norm2")
     return x
-
-
-def texts_of(lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(5, 300, length) for length in lengths]
-
-
-# ------------------------------------------------------------------------------------------------
-
-
-def test_the_default_shape_is_the_published_model():
-    with torch.device("meta"):
-        count = {
-            cls: sum(p.numel() for p in cls(Config()).parameters())
-            for cls in (NomicBert, NomicBertForMaskedLM)
-        }
-    assert count == {NomicBert: 136_731_648, NomicBertForMaskedLM: 137_323_008}
-
-
-def test_parameters_have_their_published_names():
-    with torch.device("meta"):
-        names = set(NomicBertForMaskedLM(Config(num_hidden_layers=1)).state_dict())
-    assert names == {
-        "bert.embeddings.word_embeddings.weight",
-        "bert.embeddings.token_type_embeddings.weight",
-        "bert.emb_ln.weight",
-        "bert.emb_ln.bias",
-        "bert.encoder.layers.0.attn.Wqkv.weight",
-        "bert.encoder.layers.0.attn.out_proj.weight",
-        "bert.encoder.layers.0.mlp.fc11.weight",
-        "bert.encoder.layers.0.mlp.fc12.weight",
-        "bert.encoder.layers.0.mlp.fc2.weight",
-        "bert.encoder.layers.0.norm1.weight",
-        "bert.encoder.layers.0.norm1.bias",
-        "bert.encoder.layers.0.norm2.weight",
-        "bert.encoder.layers.0.norm2.bias",
-        "cls.predictions.transform.dense.weight",
-        "cls.predictions.transform.layer_norm.weight",
-        "cls.predictions.transform.layer_norm.bias",
-        "cls.predictions.decoder.weight",
-    }
 
 
 @pytest.mark.parametrize("length", [1, 2, 77, 128, 129, 500])
 def test_hidden_states_equal_the_model_written_out(length):
     """Up to the trained length of 128, and beyond it with Dynamic NTK."""
     model = tiny_model()
-    (text,) = texts_of([length])
-    expected = reference(model, torch.from_numpy(text))
+    (text,) = random_texts([length])
+    expected = written_out(model, torch.from_numpy(text))
     assert torch.allclose(model(*pack([text])).double(), expected, atol=1e-5)
+
+
+def test_the_default_shape_is_the_published_model():
+    with torch.device("meta"):
+        models = [cls(ModelConfig()) for cls in (NomicBert, NomicBertForMaskedLM)]
+    sizes = [sum(p.numel() for p in model.parameters()) for model in models]
+    assert sizes == [136_731_648, 137_323_008]
+
+
+def test_parameters_have_their_published_names():
+    with torch.device("meta"):
+        names = set(NomicBertForMaskedLM(ModelConfig(num_hidden_layers=1)).state_dict())
+    layer, head = "bert.encoder.layers.0.", "cls.predictions."
+    matrices = ["attn.Wqkv", "attn.out_proj", "mlp.fc11", "mlp.fc12", "mlp.fc2", "norm1", "norm2"]
+    matrices = [f"{layer}{name}" for name in matrices] + ["bert.emb_ln"]
+    matrices += [f"bert.embeddings.{kind}_embeddings" for kind in ("word", "token_type")]
+    matrices += [f"{head}{name}" for name in ("transform.dense", "transform.layer_norm", "decoder")]
+    norms = [name for name in matrices if "norm" in name or "ln" in name]
+    assert names == {f"{name}.weight" for name in matrices} | {f"{name}.bias" for name in norms}
+
+
+# ------------------------------------------------------------------------------------------------
+# Attention over packed texts, against softmax written out in float64
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+LENGTHS = [9, 130, 1, 70, 70, 33]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+
+
+def cu_seqlens_of(lengths):
+    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+
+
+def check_attention(dtype, kernel=None, device=CPU, lengths=LENGTHS, H=2, D=64):
+    """Whether packed_attention gives the result and the gradient that are written out."""
+    torch.manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, H, D, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(sum(lengths), H, D, dtype=torch.float64)
+    expected = torch.cat([softmax_attention(*part.unbind(1)) for part in qkv.split(lengths)])
+    (gradient,) = torch.autograd.grad((expected * weights).sum(), qkv)
+
+    segments = find_segments(cu_seqlens_of(lengths), kernel, device)
+    order = slice(None) if segments.order is None else segments.order.cpu()
+    x = qkv.detach()[order].to(device, dtype).requires_grad_()
+    out = packed_attention(*x.unbind(1), segments)
+    (out * weights[order].to(out)).sum().backward()
+    for found, wanted, times in ((out, expected, 1), (x.grad, gradient, 2)):
+        bounds = {"rtol": 0, "atol": times * TOLERANCE[dtype]}
+        torch.testing.assert_close(found.detach().cpu().double(), wanted[order], **bounds)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_attention_is_softmax_within_each_text(dtype):
+    check_attention(dtype)
+
+
+@pytest.mark.parametrize("scores_at_a_time", [1, 500, 1000, 40**2, 3 * 40**2, 1 << 22])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_attention_in_blocks_of_rows_or_heads_is_softmax(dtype, scores_at_a_time):
+    """3 texts of 40 tokens, 2 heads: by 1, 12 or 25 rows, 1 or 3 heads, and all at once."""
+    torch.manual_seed(0)
+    qkv = torch.randn(3, 3, 2, 40, 64, dtype=torch.float64)  # (3, texts, H, length, D)
+    expected = (qkv[0] @ qkv[1].mT / 8).softmax(-1) @ qkv[2]
+    out = attend_in_blocks(*qkv.to(dtype), scores_at_a_time).double()
+    torch.testing.assert_close(out, expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_texts_of_equal_length_come_together_the_longest_first():
+    segments = find_segments(cu_seqlens_of([2, 3, 2]), None, CPU)
+    assert segments.order.tolist() == [2, 3, 4, 0, 1, 5, 6]
+    assert segments.groups == [(3, 1), (2, 2)]
+    assert find_segments(cu_seqlens_of([3, 2, 2]), None, CPU).order is None, "already in order"
+
+
+def test_kernels_are_given_few_values_for_the_longest_text():
+    """It sizes their grid, and torch.compile may compile anew for each value."""
+    longest = {find_segments(cu_seqlens_of([n]), print, CPU).longest for n in range(1, 2049)}
+    assert longest == {64, 128, 256, 512, 1024, 2048}
+
+
+def test_kernels_are_for_half_precision_on_a_gpu():
+    assert varlen_kernel("cpu", torch.bfloat16) is varlen_kernel("cuda", torch.float32) is None
+    assert "varlen" in varlen_kernel("cuda", torch.bfloat16).__name__
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kernel", [None, varlen_attn, varlen_kernel("cuda", torch.bfloat16)])
+def test_attention_on_a_gpu_is_softmax_within_each_text(kernel):
+    check_attention(torch.bfloat16, kernel, GPU)
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None
+):
+    """Parameters of flash-attn 2.8, and what its documentation says of them."""
+    assert q.dtype in (torch.bfloat16, torch.float16)
+    assert q.shape == k.shape == v.shape and q.dim() == 3, "(total, nheads, headdim)"
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert isinstance(max_seqlen_q, int) and max_seqlen_q >= cu_seqlens_q.diff().max()
+    assert max_seqlen_k == max_seqlen_q and softmax_scale is None, "that is, 1 / sqrt(headdim)"
+    lengths = cu_seqlens_q.diff().tolist()
+    parts = zip(*(x.double().split(lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([softmax_attention(*part) for part in parts]).to(q.dtype)
+
+
+def test_flash_attn_is_called_as_documented():
+    """Its kernel needs a GPU: a function with its signature takes its place, so that the call is
+    checked and the kernel is not."""
+    check_attention(torch.bfloat16, flash_attn_varlen_func)
+
+
+def test_varlen_attn_has_the_signature_that_it_is_called_by():
+    names = list(inspect.signature(varlen_attn).parameters)[:7]
+    assert names == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+
+
+def test_a_compiled_block_is_one_graph_for_all_batches():
+    """Forward and backward on the meta device, where shapes are computed and numbers are not: the
+    graph does not break (fullgraph), and other batches do not compile it anew."""
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        block = Block(ModelConfig(hidden_size=128, num_attention_heads=2, intermediate_size=128))
+        compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
+        for N, B in ((300, 4), (411, 9), (5000, 100)):
+            x = torch.empty(N, 128, dtype=torch.bfloat16, requires_grad=True)
+            cos = torch.empty(N, 32, dtype=torch.bfloat16)
+            cu_seqlens = torch.empty(B + 1, dtype=torch.int32)
+            segments = Segments(varlen_attn, cu_seqlens, 256, [], None)
+            with torch._dynamo.config.patch(error_on_recompile=N != 300):
+                out = compiled(x, cos, cos, segments)
+                out.sum().backward()
+            assert out.shape == x.grad.shape == (N, 128)
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches
 
 
 def test_an_embedding_does_not_depend_on_its_batch():
     """Alone, together, in other orders; short, and beyond the trained length of 128 tokens."""
     model = tiny_model()
-    texts = texts_of([3, 40, 128, 40, 7, 129, 300, 40])
+    texts = random_texts([3, 40, 128, 40, 7, 129, 300, 40])
     alone = torch.cat([model.embed(*pack([text])) for text in texts])
     for order in (range(8), reversed(range(8)), [6, 0, 3, 5, 1, 7, 2, 4], [4, 6]):
         order = list(order)
@@ -117,90 +225,89 @@ def test_an_embedding_does_not_depend_on_its_batch():
     assert (alone @ alone.T).fill_diagonal_(0).max() < 0.999, "different texts differ"
 
 
-def test_gradients_do_not_depend_on_the_order_of_the_batch():
-    texts = texts_of([3, 40, 128, 40, 7])
-    gradients = []
-    for order in ([0, 1, 2, 3, 4], [2, 4, 0, 3, 1]):
-        model = tiny_model()
-        model.embed(*pack([texts[i] for i in order])).square().sum(0)[:7].sum().backward()
-        gradients.append(model.encoder.layers[0].attn.Wqkv.weight.grad)
-    assert torch.allclose(*gradients, atol=1e-6)
-
-
 def test_an_embedding_is_the_mean_of_the_hidden_states_at_unit_length():
     hidden = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]])
-    cu_seqlens = torch.tensor([0, 2, 3], dtype=torch.int32)
-    assert torch.equal(mean_pool(hidden, cu_seqlens), torch.tensor([[2.0, 0.0], [0.0, 5.0]]))
-    embeddings = tiny_model().embed(*pack(texts_of([5, 9])))
+    assert mean_pool(hidden, cu_seqlens_of([2, 1])).tolist() == [[2.0, 0.0], [0.0, 5.0]]
+    embeddings = tiny_model().embed(*pack(random_texts([5, 9])))
     assert torch.allclose(embeddings.norm(dim=-1), torch.ones(2))
+    long = torch.full((8192, 4), 1.1)  # a running sum in float32 would be off by 2e-4
+    with torch.no_grad():
+        assert torch.allclose(mean_pool(long, cu_seqlens_of([8192])), long[:1], rtol=1e-6)
 
 
 def test_half_precision_stays_close_to_full():
-    texts = texts_of([30, 60, 128])
+    batch = pack(random_texts([30, 60, 128]))
     full, half = tiny_model(), tiny_model()
     half.dtype = torch.bfloat16
-    cosine = (full.embed(*pack(texts)) * half.embed(*pack(texts))).sum(1)
-    assert cosine.min() > 0.999
+    assert (full.embed(*batch) * half.embed(*batch)).sum(1).min() > 0.999
     assert all(p.dtype == torch.float32 for p in half.parameters()), "weights stay float32"
 
 
-def test_the_mlm_head_scores_only_the_masked_places():
+def test_the_mlm_head_gives_logits_of_the_masked_positions_only():
     model = NomicBertForMaskedLM(tiny_model().config)
-    tokens, cu_seqlens = pack(texts_of([10, 20]))
-    places = torch.tensor([3, 11, 29])
+    tokens, cu_seqlens = pack(random_texts([10, 20]))
+    positions = torch.tensor([3, 11, 29])
+    logits = model(tokens, cu_seqlens, positions)
     everywhere = model(tokens, cu_seqlens, torch.arange(30))
-    assert torch.allclose(model(tokens, cu_seqlens, places), everywhere[places], atol=1e-6)
-    hidden = model.bert(tokens, cu_seqlens)[places]
-    head = model.cls.predictions
-    transformed = head.transform.layer_norm(F.silu(hidden @ head.transform.dense.weight.T))
+    assert torch.allclose(logits, everywhere[positions], atol=1e-6)
+    hidden, head = model.bert(tokens, cu_seqlens)[positions], model.cls.predictions.transform
+    transformed = head.layer_norm(F.silu(hidden @ head.dense.weight.T))
     expected = transformed @ model.bert.embeddings.word_embeddings.weight.T
-    assert torch.allclose(everywhere[places], expected, atol=1e-5)
+    assert torch.allclose(logits, expected, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------
 # encode
 
 
-def test_encode_keeps_the_order_and_cuts_to_max_tokens(tokenizer):
+def test_encode_keeps_the_order_and_truncates(tokenizer):
     model = tiny_model(tokenizer)
     texts = ["search_query: " + "word " * n for n in (1, 50, 3, 200, 7)]
     together = model.encode(texts, micro_batch_tokens=64)
     alone = np.concatenate([model.encode([text]) for text in texts])
-    assert together.dtype == np.float32 and together.shape == (5, model.config.hidden_size)
+    assert together.dtype == np.float32 and together.shape == (5, 64)
     np.testing.assert_allclose(together, alone, atol=1e-5)
-    long, longer = model.encode(["word " * 20 + "a", "word " * 20 + "b"], max_tokens=12)
-    np.testing.assert_allclose(long, longer, atol=1e-5)
+    one, other = model.encode(["word " * 20 + "a", "word " * 20 + "b"], max_tokens=12)
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    assert model.encode([]).shape == (0, 64)
 
 
-def test_encode_takes_the_first_dimensions_at_unit_length(tokenizer):
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_encode_gives_the_first_dimensions_at_unit_length(tokenizer, layer_norm):
+    """Of nomic-embed-text-v1.5 after LayerNorm, which has no weights and subtracts the mean."""
     model = tiny_model(tokenizer)
-    full, cut = model.encode(["some words"]), model.encode(["some words"], dims=16)
-    np.testing.assert_allclose(cut[0], full[0, :16] / np.linalg.norm(full[0, :16]), atol=1e-6)
+    full = model.encode(["some words"])[0]
+    model.layer_norm = layer_norm
+    expected = (full - full.mean() if layer_norm else full)[:16]
+    first = model.encode(["some words"], dims=16)[0]
+    np.testing.assert_allclose(first, expected / np.linalg.norm(expected), atol=1e-6)
+
+
+def test_encode_refuses_what_it_cannot_embed(tokenizer):
+    model = tiny_model(tokenizer)
     with pytest.raises(InputError, match="dims=4096: embeddings of this model have 64 dimensions"):
         model.encode(["some words"], dims=4096)
     with pytest.raises(InputError, match="a list of texts"):
         model.encode("some words")
-    assert model.encode([]).shape == (0, 64)
-
-
-def test_layer_norm_takes_off_the_mean_before_the_cut(tokenizer):
-    """As nomic-embed-text-v1.5: LayerNorm without weights, the first dimensions, unit length."""
-    model = tiny_model(tokenizer)
-    full = model.encode(["some words"])[0]
-    model.layer_norm = True
-    expected = (full - full.mean())[:16]
-    cut = model.encode(["some words"], dims=16)[0]
-    np.testing.assert_allclose(cut, expected / np.linalg.norm(expected), atol=1e-6)
-
-
-def test_the_mean_of_a_long_text_is_exact_to_the_last_digits():
-    """A running sum in float32 is off by 2e-4 here."""
-    hidden = torch.full((8192, 4), 1.1)
-    with torch.no_grad():
-        mean = mean_pool(hidden, torch.tensor([0, 8192], dtype=torch.int32))
-    assert torch.allclose(mean, hidden[:1], rtol=1e-6)
-
-
-def test_a_text_of_no_tokens_is_an_error():
     with pytest.raises(InputError, match="text 1 of the batch has no tokens"):
         pack([np.array([2, 3]), np.array([], int)])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_nothing_in_a_step_waits_for_the_gpu():
+    """torch raises at the first synchronisation of host and device."""
+    texts = random_texts([40, 9, 70, 33])
+    model, masked = tiny_model().to(GPU), tiny_model(cls=NomicBertForMaskedLM).to(GPU)
+    model.dtype = masked.bert.dtype = torch.bfloat16
+    batch = (*pack(texts, GPU), torch.arange(10, device=GPU), torch.arange(10, device=GPU))
+
+    def step():
+        mlm.backward_in_chunks(masked, batch, 10)
+        contrastive.grad_cache(model, texts, lambda x: contrastive.info_nce(*x.chunk(2), 0.02), 64)
+
+    step()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

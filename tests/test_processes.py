@@ -1,186 +1,207 @@
 """Several processes do what one does: the same losses, the same weights, to rounding.
 
-Everything runs in float64, where rounding is 1e-16 and any error of substance stands out. The
-processes are real, and talk through gloo; each group is started once and does all its runs."""
+Everything runs in float64, where rounding is 1e-16 and an error of substance stands out. The
+processes are real and talk through gloo. They are forked, so that they need not import anything."""
 
-import json
 import os
+import signal
+import socket
 import subprocess
 import sys
-import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_runs import SMALL
+from test_runs import log_lines, wait_for
+from tiny import SMALL, read_log, train
 from torch import multiprocessing
 
 import contrastive
 import finetune
 import mlm
-from common import adamw
-from options import InputError, leave
+from common import distributed
+from common.options import InputError
 
 STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
-OPTIONS = [*SMALL[:-3], "--steps=20", "--batch-size=8", "--log-every=1", "--eval-every=0"]
-OPTIONS += ["--precision=float64"]
+FLOAT64 = ["--precision=float32", "--steps=20"]  # float32 means PyTorch's default type
+PAIRS = ["--query-tokens=16", "--document-tokens=24"]
+SHORT = {"mlm": ["--seq-len=48"], "contrastive": PAIRS, "finetune": PAIRS}
 PIECES = {  # how the share of a process goes through the model
     "whole": [],
-    "micro-batches": ["--micro-batch-tokens=300"],
-    "GradCache": ["--tokens-in-memory=0", "--micro-batch-tokens=300"],
+    "micro-batches": ["--micro-batch-tokens=50"],
+    "GradCache": ["--tokens-in-memory=0", "--micro-batch-tokens=50"],
     "GradCache, text by text": ["--tokens-in-memory=0", "--micro-batch-tokens=1"],
-    "zero": ["--zero"],
 }
-
-
 RUNS = {  # the stages share most of their code: not all of them need all of these
-    "mlm": ("whole", "micro-batches", "zero"),
+    "mlm": ("whole", "micro-batches"),
     "contrastive": tuple(PIECES),
-    "finetune": ("whole", "GradCache", "zero"),
+    "finetune": ("whole", "GradCache"),
 }
 
 
-def train(stage, data, out, *options):
-    STAGES[stage].main([*OPTIONS, f"--data={data}", f"--out={out}", *options])
-
-
-def result(out):
-    """Losses by step, and all weights as one vector, in float64."""
-    losses = [json.loads(line)["loss"] for line in open(out / "log.jsonl")]
-    weights = torch.load(out / "state.pt", weights_only=True)["model"]
-    return np.array(losses), torch.cat([w.flatten() for w in weights.values()]).numpy()
-
-
-def work(rank, world, port, data, folder):
-    """What one process of a group does: every run that the tests below look at."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
-    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    torch.set_num_threads(1)
+def train_all(world, data, folder):
     for stage in STAGES:
         for name in RUNS[stage]:
-            train(stage, data, folder / f"{stage}-{world}-{name}", *PIECES[name])
-    for stage in STAGES:  # begun by one process
-        train(stage, data, folder / f"{stage}-resumed-by-{world}", "--resume", "--zero")
-    said = []
-    for init, resume in ((f"--init={folder}/other-{rank}", ()), ("", ["--resume"])):
-        try:
-            out = folder / (f"resume-{rank}" if resume else "never")
-            train("contrastive", data, out, *[init] * (not resume), "--keep=all", *resume)
-        except InputError as error:
-            said.append(str(error))
-    (folder / f"said-{world}-{rank}").write_text("\n".join(said))
-    (folder / f"moments-{world}-{rank}").write_text(str(count_moments()))
+            out = folder / f"{stage}-{world}-{name}"
+            train(STAGES[stage], data, out, *FLOAT64, *SHORT[stage], *PIECES[name])
 
 
-def safe_work(rank, *arguments):
+def message_of(data, out, *options):
     try:
-        work(rank, *arguments)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)  # the others would wait for it
-    leave()
+        train(contrastive, data, out, *FLOAT64, *options)
+    except InputError as error:
+        return str(error)
+
+
+def start_group(world, work, *arguments):
+    """Calls work(rank, world, *arguments) in so many processes, and waits for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (world, port, work, *arguments)
+    multiprocessing.start_processes(join_group, arguments, world, start_method="fork")
+
+
+def join_group(rank, world, port, work, *arguments):
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    work(rank, world, *arguments)
+
+
+def train_in_group(rank, world, data, folder):
+    """Every run that the tests below look at."""
+    train_all(world, data, folder)
+    for stage in STAGES:  # begun by one process
+        out = folder / f"{stage}-continued-by-{world}"
+        train(STAGES[stage], data, out, *FLOAT64, *SHORT[stage])
+    messages = [
+        message_of(data, folder / "never", f"--init={folder}/other-{rank}", "--keep=all"),
+        message_of(data, folder / f"mlm-1-whole-{rank}"),
+    ]
+    (folder / f"messages-{world}-{rank}").write_text("\n".join(map(str, messages)))
 
 
 @pytest.fixture(scope="module")
 def folder(data, tmp_path_factory):
-    """The folder of all runs: of one process (here), of two, and of four."""
+    """The folder of all runs: of one process (this one), of two, and of four."""
     folder = tmp_path_factory.mktemp("processes")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for stage in STAGES:
-        for name in RUNS[stage]:
-            train(stage, data, folder / f"{stage}-1-{name}", *PIECES[name])
+    torch.set_default_dtype(torch.float64)
+    try:
+        train_all(1, data, folder)
         for world in (2, 4):
-            train(stage, data, folder / f"{stage}-resumed-by-{world}", "--stop-after=10")
-    for other in range(4):
-        train("contrastive", data, folder / f"other-{other}", f"--seed={other}", "--steps=1")
-    train("contrastive", data, folder / "resume-0", "--stop-after=10", "--keep=all")
-    for world in (2, 4):
-        port = 20_000 + int(np.random.default_rng().integers(20_000))
-        arguments = (world, port, data, folder)
-        multiprocessing.spawn(safe_work, arguments, nprocs=world)
-    torch.set_num_threads(threads)
+            for stage in STAGES:
+                out = folder / f"{stage}-continued-by-{world}"
+                options = (*FLOAT64, *SHORT[stage], "--save-every=10")
+                train(STAGES[stage], data, out, *options, stop_after=10)
+        for other in range(4):
+            options = (f"--seed={other}", "--steps=1")
+            train(contrastive, data, folder / f"other-{other}", *options)
+        (folder / "mlm-1-whole-1").mkdir()
+        (folder / "mlm-1-whole-1" / "letter.txt").write_text("mine")
+        for world in (2, 4):
+            start_group(world, train_in_group, data, folder)
+    finally:
+        torch.set_default_dtype(torch.float32)
     return folder
+
+
+def check_equal(out, expected):
+    """Whether two runs have the same losses and weights, to rounding."""
+    losses = [[line["loss"] for line in read_log(run)] for run in (out, expected)]
+    assert len(losses[0]) == 20
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    states = (torch.load(run / "state.pt", weights_only=True)["model"] for run in (out, expected))
+    found, wanted = (torch.cat([w.flatten() for w in state.values()]) for state in states)
+    assert found.dtype == torch.float64
+    assert (found - wanted).abs().max() < 1e-6 * wanted.abs().max()
 
 
 CASES = [(world, stage, name) for world in (1, 2, 4) for stage in STAGES for name in RUNS[stage]]
 
 
 @pytest.mark.parametrize(("world", "stage", "name"), CASES[1:])
-def test_twenty_steps_are_those_of_one_process_with_the_whole_batch(world, stage, name, folder):
-    losses, weights = result(folder / f"{stage}-{world}-{name}")
-    expected_losses, expected_weights = result(folder / f"{stage}-1-whole")
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
-    assert np.abs(weights - expected_weights).max() < 1e-6 * np.abs(expected_weights).max()
+def test_twenty_steps_equal_those_of_one_process_with_the_whole_batch(world, stage, name, folder):
+    check_equal(folder / f"{stage}-{world}-{name}", folder / f"{stage}-1-whole")
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("stage", STAGES)
-def test_more_processes_may_go_on_with_a_run_and_share_its_state(world, stage, folder):
-    """Begun by one process, resumed by several with --zero: the data come as if nothing changed."""
-    losses, weights = result(folder / f"{stage}-resumed-by-{world}")
-    expected_losses, expected_weights = result(folder / f"{stage}-1-whole")
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
-    assert np.abs(weights - expected_weights).max() < 1e-6 * np.abs(expected_weights).max()
+def test_more_processes_may_continue_a_run_that_one_began(world, stage, folder):
+    check_equal(folder / f"{stage}-continued-by-{world}", folder / f"{stage}-1-whole")
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_any_number_of_processes_mines_the_same_negatives(world, folder):
+    """test_finetune.py has the same for chunks that are small enough to be shared out."""
+    found, expected = (
+        np.load(folder / f"finetune-{w}-whole" / "negatives.npz")["summary-body"]
+        for w in (world, 1)
+    )
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_processes_that_begin_with_other_checkpoints_all_stop(world, folder):
+def test_all_processes_stop_with_the_message_of_the_one_that_failed(world, folder):
     for rank in range(world):
-        said = (folder / f"said-{world}-{rank}").read_text().split("\n")
-        assert said == [
-            "processes begin with different weights: they read other checkpoints",
-            f"process 1: there is no checkpoint directory {folder}/resume-1",
+        assert (folder / f"messages-{world}-{rank}").read_text().split("\n") == [
+            "the processes start from different weights: give all the same --init",
+            f"process 1: {folder}/mlm-1-whole-1 holds something other than a run of "
+            "contrastive.py: choose another --out",
         ]
     assert not (folder / "never").exists(), "nothing is left behind"
 
 
-def test_the_state_of_zero_is_what_one_optimizer_would_write(folder):
-    """So a run may be resumed with and without it, on any number of processes."""
-    whole, shared = (
-        torch.load(folder / f"mlm-4-{name}" / "state.pt", weights_only=True)["optimizer"]
-        for name in ("whole", "zero")
+# ------------------------------------------------------------------------------------------------
+# Under torchrun
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": 3}, "--batch-size=8 does not divide by 3 processes"),
+        ({"WORLD_SIZE": 16}, "--batch-size=8 does not divide by 16 processes"),
+        ({"LOCAL_RANK": None}, "RANK is set and LOCAL_RANK is not: start with torchrun"),
+    ],
+)
+def test_a_group_that_cannot_train_is_refused(environment, message, monkeypatch):
+    names = {"RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "WORLD_SIZE": 2} | environment
+    for name, value in names.items():
+        if value is not None:
+            monkeypatch.setenv(name, str(value))
+    with pytest.raises(InputError, match=message):
+        distributed.start(8)
+
+
+def torchrun(*options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*command, *options], text=True, **pipes)
+
+
+def test_only_the_first_process_prints_what_is_wrong(data, tmp_path):
+    process = torchrun(ROOT / "mlm.py", f"--data={data}", "--batch-size=3", f"--out={tmp_path}/run")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert errors.count("mlm.py: --batch-size=3 does not divide by 2 processes\n") == 1
+    assert "InputError" not in errors, "what torchrun adds is a report of its own"
+
+
+def test_torchrun_continues_by_itself_after_a_process_was_killed(data, tmp_path):
+    options, out = ["--steps=40", "--save-every=5"], tmp_path / "killed"
+    start_group(2, lambda *_: train(mlm, data, tmp_path / "undisturbed", *options))
+    command = ["--max-restarts=2", ROOT / "mlm.py", *SMALL, *options]
+    process = torchrun(*command, f"--data={data}", f"--out={out}")
+    wait_for(lambda: log_lines(out) >= 12, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    os.kill(int(children.split()[1]), signal.SIGKILL)
+    shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-2000:]
+    assert "continuing" in shown
+    killed, undisturbed = (
+        [(line["step"], line["loss"]) for line in read_log(run)]
+        for run in (out, tmp_path / "undisturbed")
     )
-    assert shared["state"].keys() == whole["state"].keys()
-    for number, moments in whole["state"].items():
-        for name, value in moments.items():
-            torch.testing.assert_close(shared["state"][number][name], value)
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_with_zero_a_process_keeps_its_share_of_the_state_only(world, folder):
-    """Two moments of eight matrices of 100: 1,600 numbers, each in one process."""
-    counts = [int((folder / f"moments-{world}-{rank}").read_text()) for rank in range(world)]
-    assert counts == [1600 // world] * world
-
-
-def count_moments():
-    """Moments that AdamW keeps in this process of a small model, after a step with --zero."""
-    model = torch.nn.ModuleList(torch.nn.Linear(10, 10, bias=False) for _ in range(8))
-    optimizer = adamw(model, mlm.Config(zero=True), betas=(0.9, 0.98), eps=1e-6)
-    for layer in model:
-        layer.weight.grad = torch.ones(10, 10)
-    optimizer.step()
-    state = optimizer.optim.state.values()
-    return sum(s["exp_avg"].numel() + s["exp_avg_sq"].numel() for s in state)
-
-
-@pytest.mark.parametrize("world", [3, 16])
-def test_a_batch_has_to_divide_among_the_processes(world, data, tmp_path, monkeypatch):
-    environment = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": world, "WORLD_SIZE": world}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, str(value))
-    with pytest.raises(InputError, match=f"--batch-size=8 does not divide by {world} processes"):
-        train("mlm", data, tmp_path / "run")
-
-
-def test_of_all_processes_only_the_first_says_what_is_wrong(data, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += [f"--master-port={29_600}", ROOT / "mlm.py", *OPTIONS, f"--data={data}"]
-    command += ["--batch-size=3", f"--out={tmp_path / 'run'}"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert result.stderr.count("mlm.py: --batch-size=3 does not divide by 2 processes\n") == 1
-    assert "InputError" not in result.stderr, "what torchrun adds is a report of its own"
+    assert len(killed) == 40 and killed == undisturbed

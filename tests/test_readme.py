@@ -1,73 +1,102 @@
-"""The README's commands run."""
+"""Every command of README and docs runs, with small settings; every file that they name exists."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
-from test_folder import write_notes
-from test_jsonl import pairs
 
-# what makes a command of the README small: a handful of steps, little data
-SMALL = {
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+SHAPE = "--hidden-size=64 --num-attention-heads=2 --intermediate-size=64"
+SMALL = {  # script -> options that make it small; of two values of an option the last one counts
     "data/pydocs.py": "--core=numpy,tqdm --vocab-size=2048",
-    "mlm.py": "--steps=3 --batch-size=8",  # the last of two values of an option counts
+    "data/folder.py": "--vocab-size=2048",
+    "data/pairs.py": "--vocab-size=500 --processes=1",
+    "data/filter.py": "--sources=halves",
+    "mlm.py": f"--steps=3 --batch-size=8 --eval-every=0 {SHAPE}",
     "contrastive.py": "--steps=3 --batch-size=8 --eval-every=0",
     "finetune.py": "--steps=3 --batch-size=8 --eval-every=0",
-    "bench/stages.py": "--steps=4 --batch-size=8",
+    "bench/stages.py": "--steps=4 --batch-size=8 --micro-batch-tokens=2048",
     "bench/train.py": "--preset=laptop --texts=8 --tries=8 --rounds=1",
-    "bench/attention.py": "--tokens=300 --heads=1 --rounds=1",
-    "bench/parity.py": "--layers=1 --hidden-size=64 --longest=512",
     "bench/encode.py": "--layers=1 --hidden-size=64 --texts=8 --rounds=1",
-    "bench/faults.py": "--kills=1 --steps=2 --stages=mlm",
-    "bench/filtering.py": "--scale=0.01 --rows='with 30,planted: no'",
-    "data/folder.py": "--vocab-size=2048",
-    "data/filter.py": "--sources=halves",
-    "data/jsonl.py": "--vocab-size=500",
-    "bench/data.py": "--rows=500 --large=1000 --rounds=1",
+    "bench/parity.py": "--layers=1 --hidden-size=64 --longest=512",
     "bench/memory.py": "--batches=64 --source=name-code",
-    "bench/ablations.py": "--seeds=1 --scale=0.001 --rows='without stage 3'",
+    "bench/gradients.py": "--processes=2",
+    "bench/attention.py": "--tokens=300 --heads=1 --rounds=1",
+    "bench/faults.py": "--kills=1 --steps=2 --stages=mlm",
+    "bench/data.py": "--rows=500 --large=1000 --rounds=1",
+    "bench/experiments.py": "--size=tiny --rows='without stage 2'",
 }
+STAGES = ["mlm.py", "contrastive.py --init=out/mlm", "finetune.py --init=out/contrastive"]
+PREPARED = ["python data/pydocs.py", *(f"python {stage}" for stage in STAGES)]
 
 
-def readme_commands():
-    """Every line of a shell block that starts python or torchrun, without its comment."""
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def commands_of(page):
+    """The lines of a page's shell blocks that start python or torchrun, without their comments.
+
+    Those with DIR, FILE, HOST or SOURCES in them need what a reader has to bring."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.S)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.split("\n")]
-    lines = [line for line in lines if re.match(r"(\.venv/bin/)?(python|torchrun) ", line)]
-    return [line for line in lines if not re.search("DIR|FILE|-m ", line)]
+    lines = [line for line in lines if re.match(r"(python|torchrun) ", line)]
+    return [line for line in lines if not re.search("DIR|FILE|HOST|SOURCES|-m venv", line)]
 
 
-def test_every_command_of_the_readme_runs(tmp_path):
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    for folder in ("data", "bench"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    write_notes(tmp_path / "notes")
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the project with notes and pairs in it, and a small run of every stage."""
+    folder = tmp_path_factory.mktemp("checkout") / "project"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "out", "tests"))
+    for i in range(40):
+        (folder / "notes").mkdir(exist_ok=True)
+        words = " ".join(f"word{(i * 7 + j * j) % 90}" for j in range(80))
+        text = f"# Note {i}\n\n## Part one of {i}\n\n{words}.\n\n## Part two of {i}\n\nNo {words}\n"
+        (folder / "notes" / f"{i}.md").write_text(text)
     for name in ("faq", "labelled"):
-        lines = (json.dumps(row) + "\n" for row in pairs(100))
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    commands = readme_commands()
-    assert len(commands) >= 8
-    for command in commands:
-        script = re.search(r"[\w/]+\.py", command)[0]
-        words = re.sub(r"^(\.venv/bin/)?torchrun", "python -m torch.distributed.run", command)
-        words = re.sub(r"^(\.venv/bin/)?python", sys.executable, words)
-        result = subprocess.run(
-            f"{words} {SMALL.get(script, '')}",
-            shell=True,
-            cwd=tmp_path,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, (
-            f"{command}\n{result.stdout[-1000:]}\n{result.stderr[-2000:]}"
-        )
+        rows = [
+            {"query": f"What is the {name} thing number {i}?", "document": f"It is {name} {i * i}."}
+            for i in range(100)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for command in PREPARED:
+        run(command, folder)
+    return folder
 
 
-def test_every_file_that_the_readme_names_exists():
-    names = re.findall(r"`([\w/]+\.(?:py|txt|md|sh))`", (ROOT / "README.md").read_text())
-    assert names and all((ROOT / name).is_file() for name in names), names
+def run(command, folder):
+    script = re.search(r"[\w/]+\.py", command)[0]
+    command = re.sub("^torchrun", "python -m torch.distributed.run --master-port=29610", command)
+    command = re.sub("^python", sys.executable, command)
+    result = subprocess.run(
+        f"{command} {SMALL.get(script, '')}",
+        shell=True,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout[-1000:]}\n{result.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize(
+    "command", dict.fromkeys(command for page in PAGES for command in commands_of(page))
+)
+def test_every_command_of_readme_and_docs_runs(command, checkout):
+    run(command, checkout)
+
+
+def test_the_pages_have_commands():
+    assert all(commands_of(page) for page in PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page):
+    text = (ROOT / page).read_text()
+    names = re.findall(r"`([\w/]+\.(?:py|txt|md|sh|tsv))`", text)
+    names += [f"{os.path.dirname(page)}/{n}" for n in re.findall(r"\]\(([\w/.]+)\)", text)]
+    missing = [n for n in names if not (ROOT / n.lstrip("/")).exists() and n != "docs/gpu.md"]
+    assert names and not missing, missing

@@ -1,224 +1,294 @@
-"""Whole runs of the three stages, small: determinism, resuming, processes, and bad input."""
+"""Whole runs of the three stages, small: they end with the same bits however they were interrupted,
+and never touch what they did not write."""
 
 import json
-import os
+import resource
+import signal
 import subprocess
 import sys
-from dataclasses import fields
+import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from tiny import SMALL, read_log, train
 
+import common.run
 import contrastive
-import evaluate
 import finetune
 import mlm
-from data import filter as filtering
-from data import pydocs
-from model import NomicBert
-from options import InputError, help_texts, read_options
+from bench import faults
+from common.options import InputError
+from common.run import Run
+from model import NomicBert, training_flops
 
 STAGES = (mlm, contrastive, finetune)
-SMALL = ["--hidden-size=64", "--num-hidden-layers=1", "--num-attention-heads=2"]
-SMALL += ["--intermediate-size=64", "--steps=6", "--batch-size=8", "--log-every=1"]
+each_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 
 
-def train(stage, data, out, *options):
-    """Runs a stage in this process. Returns the losses of its log and the bytes of its weights."""
-    stage.main([*SMALL, f"--data={data}", f"--out={out}", *options])
-    losses = [json.loads(line)["loss"] for line in open(out / "log.jsonl")]
-    return losses, (out / "model.safetensors").read_bytes()
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """stage -> (losses, weights) of an undisturbed run; its folder is finished["folder"] / name."""
+    folder = tmp_path_factory.mktemp("finished")
+    runs = {stage: train(stage, data, folder / stage.__name__) for stage in STAGES}
+    return {"folder": folder, **runs}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_one_seed_gives_equal_bits_whatever_the_evaluation_interval(stage, data, tmp_path):
-    losses, weights = train(stage, data, tmp_path / "a", "--eval-every=1000")
-    assert (losses, weights) == train(
-        stage, data, tmp_path / "b", "--eval-every=2", "--save-every=1"
-    )
-    assert weights != train(stage, data, tmp_path / "c", "--seed=1")[1]
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_resumed_run_equals_one_that_never_stopped(stage, data, tmp_path):
-    losses, weights = train(stage, data, tmp_path / "a")
-    train(stage, data, tmp_path / "b", "--stop-after=3")
-    assert train(stage, data, tmp_path / "b", "--resume") == (losses, weights)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_what_came_after_the_last_checkpoint_is_done_again(stage, data, tmp_path):
-    """As after a kill between two checkpoints: the log has lines that the checkpoint has not."""
-    losses, weights = train(stage, data, tmp_path / "a", "--save-every=2")
-    train(stage, data, tmp_path / "b", "--stop-after=4")
-    with open(tmp_path / "b" / "log.jsonl", "a") as log:
-        log.write(json.dumps({"step": 5, "loss": 99.0}) + "\n")
-    assert train(stage, data, tmp_path / "b", "--resume") == (losses, weights)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_micro_batches_change_nothing_but_rounding(stage, data, tmp_path):
-    """In one piece, in small pieces, and through GradCache."""
-    pieces = [["--precision=float32"], ["--precision=float32", "--micro-batch-tokens=200"]]
-    if stage is not mlm:
-        pieces.append([*pieces[1], "--tokens-in-memory=0"])
-    runs = [train(stage, data, tmp_path / str(i), *p)[0] for i, p in enumerate(pieces)]
-    for losses in runs[1:]:
-        np.testing.assert_allclose(losses, runs[0], rtol=1e-3)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_do_what_one_does(stage, data, tmp_path):
-    options = ["--precision=float32", f"--data={data}", *SMALL]
-    losses, _ = train(stage, data, tmp_path / "one", "--precision=float32")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += [f"--master-port={29_500 + STAGES.index(stage)}", ROOT / f"{stage.__name__}.py"]
-    result = subprocess.run(
-        [*command, *options, f"--out={tmp_path / 'two'}"], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    two = [json.loads(line)["loss"] for line in open(tmp_path / "two" / "log.jsonl")]
-    np.testing.assert_allclose(two, losses, rtol=1e-4)
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    for name, weight in one.items():
-        torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=2e-4)
-
-
-def test_one_batch_can_be_memorised_by_every_stage(data, tmp_path):
-    for stage in STAGES:
-        options = ("--overfit", "--steps=150", "--lr=1e-2")
-        losses, _ = train(stage, data, tmp_path / stage.__name__, *options)
-        assert losses[-1] < 0.1 * losses[0], stage.__name__
-
-
-def test_each_stage_starts_from_the_one_before_and_inherits_its_shape(data, tmp_path, capsys):
-    train(mlm, data, tmp_path / "mlm")
-    options = [f"--data={data}", "--steps=2", "--batch-size=8"]
-    for stage, before in ((contrastive, "mlm"), (finetune, "contrastive")):
-        init, out = f"--init={tmp_path / before}", f"--out={tmp_path / stage.__name__}"
-        stage.main([*options, init, out])
-        shown = capsys.readouterr().out
-        assert f"hidden_size          64                   from {tmp_path / before}" in shown
-    assert NomicBert.from_pretrained(tmp_path / "finetune").config.hidden_size == 64
-
-
-def test_an_earlier_run_is_kept(data, tmp_path):
-    _, first = train(mlm, data, tmp_path / "run")
-    train(mlm, data, tmp_path / "run", "--seed=1")
-    assert (tmp_path / "run.previous" / "model.safetensors").read_bytes() == first
+def contents(folder):
+    """path -> bytes and time of each file of a folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 # ------------------------------------------------------------------------------------------------
-# Options and bad input
+# Determinism
 
 
+@each_stage
+def test_one_seed_gives_equal_bits_whatever_the_intervals(stage, data, tmp_path, finished):
+    options = ("--eval-every=4", "--save-every=1")
+    assert train(stage, data, tmp_path / "a", *options) == finished[stage]
+    assert train(stage, data, tmp_path / "b", "--seed=1")[1] != finished[stage][1]
+
+
+CUT = '{"step": 6, "lo'
+
+
+@each_stage
 @pytest.mark.parametrize(
-    "config", [*(s.Config for s in STAGES), evaluate.Options, pydocs.Options, filtering.Options]
+    ("save_every", "stop_after", "cut_line"), [(3, 3, ""), (2, 5, ""), (2, 5, CUT), (100, 2, "")]
 )
-def test_every_option_has_its_help_text(config):
-    assert set(help_texts(config)) == {field.name for field in fields(config)}
+def test_a_continued_run_equals_one_that_never_stopped(
+    stage, save_every, stop_after, cut_line, data, tmp_path, finished
+):
+    """Stopped right after a checkpoint; one step later, so that a step is done again; with a line
+    of the log cut off; before there was any but the first checkpoint."""
+    option = f"--save-every={save_every}"
+    train(stage, data, tmp_path, option, stop_after=stop_after)
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write(cut_line)
+    assert train(stage, data, tmp_path, option, "--resume") == finished[stage]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_presets_set_options_that_exist_to_values_of_their_type(stage):
-    types = {field.name: field.type for field in fields(stage.Config)}
-    for preset in stage.PRESETS.values():
-        assert all(type(value) is types[key] for key, value in preset.items())
-    config, origin = read_options(stage.Config, ["--preset=paper", "--lr=1"], stage.PRESETS)
-    assert config.hidden_size == 768 and origin["hidden_size"] == "preset paper"
-    assert config.lr == 1.0 and origin["lr"] == "option" and origin["seed"] == "default"
+@each_stage
+def test_a_finished_run_says_so_and_changes_no_byte(stage, data, finished, capsys):
+    before = contents(finished["folder"])
+    train(stage, data, finished["folder"] / stage.__name__)
+    assert "is finished" in capsys.readouterr().out
+    assert contents(finished["folder"]) == before
 
 
-def test_both_spellings_and_powers_of_ten_are_understood():
-    options = ["--batch-size=64", "--eval_every=1e3", "--resume"]
-    config, _ = read_options(mlm.Config, options, mlm.PRESETS)
-    assert (config.batch_size, config.eval_every, config.resume) == (64, 1000, True)
+@each_stage
+def test_training_lowers_the_loss(stage, data, tmp_path):
+    losses, _ = train(stage, data, tmp_path, "--steps=80", "--batch-size=16", "--lr=3e-3")
+    assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20])
 
 
+def test_each_evaluation_shows_another_sample(data, tmp_path, capsys):
+    """Even if the interval is the number of queries: 5 in summary-code."""
+    for stage, interval in ((mlm, 2), (contrastive, 5)):
+        steps = f"--steps={3 * interval}"
+        train(stage, data, tmp_path / stage.__name__, f"--eval-every={interval}", steps)
+        lines = capsys.readouterr().out.splitlines()
+        samples = [lines[i + 1] for i, line in enumerate(lines) if line.startswith("step ")]
+        assert len(set(samples)) == len(samples) == 3
+
+
+def test_the_share_of_the_peak_is_logged_where_the_peak_is_known(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(common.run, "peak_flops", lambda device: 1e12)
+    train(mlm, data, tmp_path)
+    shape = NomicBert.from_pretrained(tmp_path).config
+    flops = training_flops(shape, [128] * 8, 0.30)
+    for line in read_log(tmp_path):
+        assert line["tokens"] == 8 * 128
+        expected = line["tokens_per_second"] * flops / line["tokens"] / 1e12
+        assert line["share_of_peak"] == pytest.approx(expected)
+
+
+def test_compiled_blocks_give_the_losses_of_plain_ones(data, tmp_path):
+    """Batches of many shapes. A compiler may round differently."""
+    options = ("--precision=float32", "--micro-batch-tokens=300")
+    plain, _ = train(contrastive, data, tmp_path / "plain", *options)
+    compiled, _ = train(contrastive, data, tmp_path / "compiled", *options, "--compile")
+    np.testing.assert_allclose(compiled, plain, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Interrupted by others
+
+
+@each_stage
+def test_a_run_killed_at_any_moment_ends_with_the_bits_of_one_that_was_not(stage, data, tmp_path):
+    """Four kills, every other one while a file is written; bench/faults.py has many more."""
+    options = faults.Options(data=str(data), kills=4, steps=8)
+    kills, while_writing, _ = faults.torment(stage.__name__, options, tmp_path)
+    assert kills >= 4 and while_writing >= 1
+
+
+def wait_for(condition, process, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.002)
+
+
+def log_lines(out):
+    return (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").is_file() else 0
+
+
+def test_a_run_that_is_asked_to_stop_saves_first_and_says_so(data, tmp_path):
+    options = ["--steps=80", "--save-every=1000"]
+    expected, out = train(mlm, data, tmp_path / "undisturbed", *options), tmp_path / "stopped"
+    command = [sys.executable, ROOT / "mlm.py", *SMALL, *options, f"--data={data}", f"--out={out}"]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process, before = subprocess.Popen(command, text=True, **pipes), log_lines(out)
+        wait_for(lambda before=before: log_lines(out) >= before + 3, process)
+        process.send_signal(number)
+        shown, _ = process.communicate(timeout=60)
+        done = log_lines(out)
+        assert process.returncode == 128 + number and before + 3 <= done < 80
+        assert f"stopped by {number.name}" in shown and f"saved at step {done}" in shown
+    assert train(mlm, data, out, *options) == expected
+
+
+@each_stage
 @pytest.mark.parametrize(
-    ("stage", "options", "message"),
-    [
-        (mlm, ["--batchsize=4"], "--batchsize is not an option: did you mean --batch-size?"),
-        (mlm, ["--steps=many"], "--steps=many: not a whole number"),
-        (mlm, ["--steps=1.5"], "--steps=1.5: not a whole number"),
-        (mlm, ["--steps"], "--steps needs a value"),
-        (mlm, ["--lr=fast"], "--lr=fast: not a number"),
-        (mlm, ["--resume=perhaps"], "--resume=perhaps: give true or false"),
-        (mlm, ["steps=4"], "options are written --key=value"),
-        (mlm, ["--preset=huge"], "the presets are laptop, gpu, paper"),
-        (mlm, ["--precision=int4"], "give auto, bf16, float32 or float64"),
-        (mlm, ["--num-attention-heads=3"], "makes no 3 heads"),
-        (mlm, ["--data=nowhere"], "no data in nowhere: python data/pydocs.py --out=nowhere"),
-        (mlm, ["--batch-size=0"], "--batch-size=0: give 1 or more"),
-        (finetune, ["--negatives=100000"], "the smallest source has"),
-        (finetune, ["--negatives=-1"], "--negatives=-1: give 0 or more"),
-        (finetune, ["--miner=google"], "--miner=google: give model or bm25"),
-        (finetune, ["--margin=0"], "--margin=0.0: give more than 0"),
-        (mlm, ["--seq-len=100000000"], "none of 100000000 in a row"),
-        (contrastive, ["--init=nowhere"], "there is no checkpoint directory nowhere"),
-        (contrastive, ["--batch-size=1000000"], "the largest source has"),
-        (contrastive, ["--document-tokens=999"], "beyond the 128 tokens"),
-        (contrastive, ["--keep=some"], "give embeddings or all"),
-        (finetune, ["--resume"], "there is no"),
-    ],
+    ("save_every", "message"),
+    [(1, "the weights are not finite after step"), (1000, "the loss is (nan|inf) at step")],
 )
-def test_bad_input_is_one_line_that_says_what_to_do(stage, options, message, data, tmp_path):
-    with pytest.raises(InputError) as error:
-        stage.main([f"--data={data}", f"--out={tmp_path / 'out'}", *options])
-    assert message in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists(), "nothing is left behind"
-
-
-def test_a_shape_that_contradicts_the_checkpoint_is_refused(data, tmp_path):
-    train(mlm, data, tmp_path / "mlm")
-    with pytest.raises(
-        InputError, match="--hidden-size contradicts .* where it is 64: leave it out"
-    ):
-        train(contrastive, data, tmp_path / "c", f"--init={tmp_path / 'mlm'}", "--hidden-size=128")
-
-
-def test_a_resumed_run_keeps_its_settings(data, tmp_path):
-    train(mlm, data, tmp_path / "run", "--stop-after=3")
-    with pytest.raises(InputError, match="--lr was 0.002, not 1.0"):
-        train(mlm, data, tmp_path / "run", "--resume", "--lr=1")
-
-
-def test_a_damaged_state_is_named(data, tmp_path):
-    train(mlm, data, tmp_path / "run", "--stop-after=3")
-    state = tmp_path / "run" / "state.pt"
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(InputError, match="state.pt is damaged"):
-        train(mlm, data, tmp_path / "run", "--resume")
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(stage, data, tmp_path):
-    with pytest.raises(InputError, match="the loss is nan at step"):
-        train(stage, data, tmp_path / "run", "--lr=1e30", "--save-every=1", "--steps=20")
-    weights = load_file(tmp_path / "run" / "model.safetensors")
+def test_a_run_that_diverges_stops_and_spares_the_checkpoint(
+    stage, save_every, message, data, tmp_path
+):
+    """At lr * weight_decay = 1,000 weights grow a thousandfold in each step."""
+    options = ("--lr=1000", "--weight-decay=1", "--warmup=0", "--steps=30")
+    with pytest.raises(InputError, match=message):
+        train(stage, data, tmp_path, *options, f"--save-every={save_every}")
+    weights = load_file(tmp_path / "model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_a_folder_that_cannot_be_written_shows_before_training(data, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(InputError, match="cannot write"):
-        train(mlm, data, tmp_path / "locked" / "run")
+def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(data, tmp_path, finished):
+    """No file may grow beyond 1 MB: the weights fit, state.pt does not."""
+    train(mlm, data, tmp_path, "--save-every=2", stop_after=3)
+    before = (tmp_path / "state.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
+    try:
+        with pytest.raises(InputError, match="cannot write .*state.pt"):
+            train(mlm, data, tmp_path, "--save-every=2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "state.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
-def test_from_the_shell_it_is_exit_code_2_and_one_line(data):
-    command = [sys.executable, ROOT / "contrastive.py", f"--data={data}", "--init=nowhere"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr == "contrastive.py: there is no checkpoint directory nowhere\n"
+# ------------------------------------------------------------------------------------------------
+# OUT
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_doctor_finds_this_machine_in_order(stage, data):
-    command = [sys.executable, ROOT / f"{stage.__name__}.py", f"--data={data}", "--check"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "[FAIL]" not in result.stdout and result.stdout.count("[OK]") >= 7
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr=1"], "holds a run with --lr=0.003, not 1.0"),
+        (["--steps=7"], "holds a run with --steps=6, not 7"),
+        (["--data=OTHER"], "holds a run with another --data"),
+        (["--init=OTHER"], "holds a run with another --init"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused_and_changes_nothing(
+    options, message, data, tmp_path, finished
+):
+    out = finished["folder"] / "contrastive"
+    before = contents(out)
+    if "--data=OTHER" in options:
+        for path in data.iterdir():
+            (tmp_path / path.name).symlink_to(path)
+        meta = json.loads((data / "meta.json").read_text()) | {"changed": True}
+        (tmp_path / "meta.json").unlink()
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+    elif "--init=OTHER" in options:
+        tmp_path = finished["folder"] / "mlm"
+    options = [option.replace("OTHER", str(tmp_path)) for option in options]
+    with pytest.raises(InputError, match=message):
+        train(contrastive, data, out, *options)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("name", ["letter.txt", "README.md", "config.json", "state.pt"])
+def test_a_folder_with_a_file_of_somebody_else_is_refused(name, data, tmp_path):
+    (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="holds something other than a run of mlm.py"):
+        train(mlm, data, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_of_data_or_of_another_stage_is_refused(data, finished):
+    before = contents(data)
+    with pytest.raises(InputError, match="holds something other than a run of mlm.py"):
+        train(mlm, data, data)
+    assert contents(data) == before
+    with pytest.raises(InputError, match="holds something other than a run of contrastive.py"):
+        train(contrastive, data, finished["folder"] / "mlm")
+
+
+def test_a_path_that_is_no_folder_is_an_error(data, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="cannot write .*file/run/log.jsonl: Not a directory"):
+        train(mlm, data, tmp_path / "file" / "run")
+
+
+def test_a_second_run_is_refused_while_the_first_one_is_running(
+    data, tmp_path, finished, monkeypatch
+):
+    save, refused = Run.save, []
+
+    def save_and_start_another(run, step):
+        save(run, step)
+        if step == 2:
+            with pytest.raises(InputError, match="another run is writing there"):
+                train(mlm, data, tmp_path)
+            refused.append(step)
+
+    monkeypatch.setattr(Run, "save", save_and_start_another)
+    assert train(mlm, data, tmp_path) == finished[mlm] and refused == [2]
+
+
+def test_a_damaged_state_is_named(data, tmp_path):
+    train(mlm, data, tmp_path, stop_after=3)
+    state = tmp_path / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(InputError, match="state.pt is damaged"):
+        train(mlm, data, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# One stage after the other
+
+
+def test_each_stage_starts_from_the_one_before_and_inherits_its_shape(
+    data, tmp_path, finished, capsys
+):
+    init, options = finished["folder"] / "mlm", [f"--data={data}", "--steps=2", "--batch-size=8"]
+    for stage in (contrastive, finetune):
+        out = tmp_path / stage.__name__
+        stage.main([*options, f"--init={init}", f"--out={out}", "--eval-every=0"])
+        assert f"hidden_size=64 (from {init})" in capsys.readouterr().out
+        init = out
+    assert NomicBert.from_pretrained(out).config.hidden_size == 64
+
+
+def test_with_keep_all_the_first_weights_are_those_of_init(data, tmp_path, finished):
+    init = finished["folder"] / "mlm"
+    options = (f"--init={init}", "--keep=all", "--lr=0", "--weight-decay=0")
+    train(contrastive, data, tmp_path, *options)
+    kept, before = (load_file(folder / "model.safetensors") for folder in (tmp_path, init))
+    assert all(torch.equal(weight, before[f"nomic_bert.{name}"]) for name, weight in kept.items())
+
+
+def test_a_shape_that_contradicts_the_checkpoint_is_refused_by_name(data, tmp_path, finished):
+    message = "--hidden-size contradicts .*mlm, where it is 64: leave it out"
+    with pytest.raises(InputError, match=message):
+        train(contrastive, data, tmp_path, f"--init={finished['folder']}/mlm", "--hidden-size=128")

@@ -1,26 +1,29 @@
 """Small things to test with: made here, in a moment, the same at every call."""
 
+import contextlib
+import json
 import math
 
 import numpy as np
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import Config, NomicBert
+from common.run import Run
+from model import ModelConfig, NomicBert
+
+SMALL = ["--hidden-size=64", "--num-hidden-layers=1", "--num-attention-heads=2"]
+SMALL += ["--intermediate-size=64", "--steps=6", "--batch-size=8", "--log-every=1"]
+SMALL += ["--eval-every=0"]
 
 
 def tiny_model(tokenizer=None, cls=NomicBert, **shape):
     """A model with random weights that computes in float32; trained length 128."""
     torch.manual_seed(0)
     size = tokenizer.get_vocab_size() if tokenizer else 320
-    values = {
-        "vocab_size": -(-size // 64) * 64,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    values |= {"intermediate_size": 128, "trained_length": 128, **shape}
-    model = cls(Config(**values))
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, **shape}
+    shape = {"vocab_size": -(-size // 64) * 64, "intermediate_size": 128, **shape}
+    model = cls(ModelConfig(**{"trained_length": 128, **shape}))
     for parameter in model.parameters():  # larger than at the start of training: a sharper test
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     (model if cls is NomicBert else model.bert).tokenizer = tokenizer
@@ -29,11 +32,14 @@ def tiny_model(tokenizer=None, cls=NomicBert, **shape):
 
 def softmax_attention(q, k, v):
     """softmax(Q K^T / sqrt(D)) V for one text: (L, H, D) each -> (L, H, D)."""
-    out = torch.empty_like(q)
-    for head in range(q.shape[1]):
-        scores = q[:, head] @ k[:, head].T / math.sqrt(q.shape[-1])
-        out[:, head] = scores.softmax(-1) @ v[:, head]
-    return out
+    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+
+
+def random_texts(lengths, seed=0):
+    """Texts as token ids, one of each length."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(5, 300, length) for length in lengths]
 
 
 def unit_rows(n, E=8, seed=0):
@@ -42,12 +48,42 @@ def unit_rows(n, E=8, seed=0):
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
+def gradients(model):
+    """The gradient of all weights, as one vector."""
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+class Stopped(Exception):
+    pass
+
+
+def train(stage, data, out, *options, stop_after=None):
+    """Runs a stage in this process. Returns the losses of its log and the bytes of its weights.
+
+    stop_after: the run ends there as if it were killed: at the end of this step, after a checkpoint
+    was written if one was due."""
+    save = Run.save
+
+    def save_and_stop(run, step):
+        save(run, step)
+        if step + 1 == stop_after:
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Stopped):
+        patch.setattr(Run, "save", save_and_stop)
+        stage.main([*SMALL, f"--data={data}", f"--out={out}", *options])
+    losses = [line["loss"] for line in read_log(out) if "loss" in line]
+    return losses, (out / "model.safetensors").read_bytes()
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
 class LargestTensor(TorchDispatchMode):
     """Within it, the number of elements of the largest tensor that any operation made."""
 
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
+    elements = 0
 
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
         result = operation(*arguments, **(options or {}))

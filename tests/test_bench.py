@@ -1,0 +1,172 @@
+"""The benches: estimates against the operations that torch counts, and the tables of experiments.
+What bench/parity.py, gradients.py and faults.py measure is tested elsewhere."""
+
+import gzip
+import json
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+
+import contrastive
+import mlm
+from bench import estimate, experiments
+from common.files import read_json, write_json
+from common.options import InputError
+from data.prepare import write_source
+from data.store import Source, pack
+from data.tasks import write_task
+from model import NomicBert, NomicBertForMaskedLM
+
+
+def sentence(*seed, words=12):
+    parts = ("ba", "ko", "mi", "tu", "re", "sol", "ven", "dar")
+    rng = np.random.default_rng([*seed, 1])  # without it, (5, 0) would be the same as (5,)
+    return " ".join("".join(rng.choice(parts, 4)) for _ in range(words))
+
+
+def test_the_operations_of_stage_2_are_those_that_torch_counts_in_a_step(tokenizer, tmp_path):
+    columns = {"query": [sentence(i) for i in range(8)]}
+    columns["document"] = [sentence(i, words=9 * i + 1) for i in range(8)]
+    prefixes = {"query": "search_query: ", "document": "search_document: "}
+    write_source(tmp_path / "stage2" / "pairs", columns, prefixes, tokenizer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "meta.json", {})
+    config = contrastive.Config(data=str(tmp_path), batch_size=8, hidden_size=64)
+    shape, _, tokens, operations = estimate.step_of("contrastive", config)
+    source = Source(tmp_path / "stage2" / "pairs", tokenizer)
+    texts = source.texts("query", range(8), config.query_tokens)
+    texts += source.texts("document", range(8), config.document_tokens)
+    model = NomicBert(shape)
+    model.dtype = torch.bfloat16  # there a CPU computes attention in plain products
+    with FlopCounterMode(display=False) as counter:
+        contrastive.backward_batch(model, texts, lambda embeddings: embeddings.sum(), config)
+    assert counter.get_total_flops() == pytest.approx(operations, rel=1e-6)
+    assert tokens == sum(map(len, texts))
+
+
+def test_the_operations_of_stage_1_count_the_head_for_masked_tokens_only(tmp_path):
+    config = mlm.Config(data=str(tmp_path), batch_size=1, seq_len=100, hidden_size=64)
+    shape, _, _, operations = estimate.step_of("mlm", config)
+    model = NomicBertForMaskedLM(shape)
+    model.bert.dtype = torch.bfloat16
+    with FlopCounterMode(display=False) as counter:
+        model(*pack([np.arange(100)]), torch.arange(30)).float().sum().backward()
+    assert counter.get_total_flops() == pytest.approx(operations, rel=1e-6)
+
+
+PAPER = {  # 839 billion tokens in stage 1; in stage 2, 16,384 documents of 768 float32 numbers
+    "mlm": ["parameters | 137,323,008 |", "| tokens, 100,000 steps | 8.39e+11 |"],
+    "contrastive": ["parameters | 136,731,648 |", "embeddings, MiB | 0 | 48 |"],
+    "finetune": ["parameters | 136,731,648 |", "tokens, 6,612 steps"],
+    "filter": ["470,000,000 pairs", "compare them in blocks of 1,000,000 | 7.22e+17 |"],
+}
+
+
+@pytest.mark.parametrize("stage", PAPER)
+def test_the_estimate_of_the_papers_run_has_its_numbers(stage, tmp_path, capsys):
+    estimate.main([stage, "--preset=paper", f"--data={tmp_path}"])
+    shown = capsys.readouterr().out
+    assert all(line in shown for line in [*PAPER[stage], "H100", "RTX 4090"]), shown
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """`miniature` at the smallest size on sources made here, killed after five rows, and continued.
+    One abstract of arXiv is a document of SciFact."""
+    folder = tmp_path_factory.mktemp("experiments")
+    articles = [(sentence(i), ". ".join(sentence(i, k) for k in range(9))) for i in range(60)]
+    files = {"text/wikipedia": [{"title": title, "text": text} for title, text in articles]}
+    for n, name in enumerate(("arxiv", "medquad", "stackexchange", "tldr", "questions_wiki")):
+        texts = [sentence(n, i, words=30) for i in range(40)]
+        files[f"pairs/{name}"] = [{"query": x[:40], "document": x, "topic": len(x)} for x in texts]
+    files["pairs/arxiv"][7]["document"] = sentence(9, 7, words=30)
+    for name in ("text", "pairs", "folders", "sts"):
+        (folder / name).mkdir()
+    for name, rows in files.items():
+        lines = [json.dumps(row) for row in rows]
+        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    for n, name in enumerate(("peps", "swift-evolution")):
+        with tarfile.open(folder / "folders" / f"{name}.tar.gz", "w:gz") as archive:
+            for i in range(9):
+                text = [f"## {sentence(n, i)}\n\n{sentence(n, i, k, words=90)}" for k in range(3)]
+                (folder / "note.md").write_text("\n\n".join([f"# {sentence(n, i)}", *text]))
+                archive.add(folder / "note.md", f"{name}/{i}.md")
+    for name, words in (("scifact-train", 30), ("questions-amazon", 40), ("qmsum-trainval", 700)):
+        corpus = {f"d{i}": sentence(9, i, words=words) for i in range(20)}
+        queries = [(text[:40], [name]) for name, text in corpus.items()]
+        write_task(folder / "retrieval" / name, corpus, {"dev": queries}, ("", ""))
+    lines = [f"{sentence(i)},{sentence(i + i % 3)},{i % 3}" for i in range(9)]
+    (folder / "sts" / "stsb-en-dev.csv.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    out = folder / "out"
+    arguments = ["miniature", str(folder), "--size=tiny", f"--out={out}", "--vocab-size=500"]
+    command = [sys.executable, ROOT / "bench" / "experiments.py", *arguments]
+    process, results = subprocess.Popen(command, stderr=subprocess.PIPE), out / "results.json"
+    while not results.is_file() or len(read_json(results)["rows"]) < 5:
+        assert process.poll() is None, process.communicate()[1][-2000:].decode()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    done = read_json(results)["rows"]
+    runs = {path: path.stat().st_mtime_ns for path in out.glob("0/*/state.pt")}
+    experiments.main(arguments)
+    return out, arguments, done, runs
+
+
+def test_a_killed_table_continues_and_runs_no_row_twice(killed):
+    out, arguments, done, runs = killed
+    results, text = read_json(out / "results.json")["rows"], (out / "report.md").read_text()
+    assert list(results) == [row.name for row in experiments.MINIATURE]
+    assert all(f"| {word} |" in text for word in [*results, "SciFact", "Amazon", "STS", "QMSum"])
+    assert len(done) < len(results) and {name: results[name] for name in done} == done
+    again = [path.parent.name for path in runs if path.stat().st_mtime_ns != runs[path]]
+    assert len(runs) >= 4 and len(again) <= 1, "one that was not at its end may have continued"
+    with pytest.raises(InputError, match="results.json has results of .* choose another --out"):
+        experiments.main([*arguments, "--scale=2"])
+
+
+def test_what_is_evaluated_is_never_trained_on(killed):
+    training = "".join(p.read_text() for p in killed[0].glob("data/stage[23]/*/pairs.jsonl"))
+    assert sum(sentence(0, i, words=30) in training for i in range(40)) > 10
+    assert not any(sentence(9, i, words=30) in training for i in range(20))
+
+
+def test_planted_faults_are_followed_through_filter_and_mining(killed, tmp_path):
+    rows = "--rows=filter: top 2 by the model of clean pairs,stage 3 with near copies: margin=1"
+    data, out = f"--data={killed[0] / 'data'}", f"--out={tmp_path}"
+    experiments.main(["planted", "--size=tiny", data, out, rows])
+    results = read_json(tmp_path / "results.json")["rows"]
+    notes = results["filter: top 2 by the model of clean pairs"]["0"]["notes"]
+    assert 0 <= notes["planted pairs kept"] < notes["pairs kept"] < 1
+    notes = results["stage 3 with near copies: margin=1"]["0"]["notes"]
+    assert 0 < notes["copies among negatives"] < 1 and len(results) == 5
+
+
+REFUSED = {
+    "": "give ladder, planted, or miniature SOURCES",
+    "miniature nowhere": "wikipedia.jsonl.gz is missing",
+    "ladder --rows=before": "--rows=before: the rows are after stage 1",
+    "ladder --size=huge": "--size=huge: give laptop, gpu, tiny",
+}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_a_command_that_cannot_work_is_refused_with_the_reason(command, tmp_path):
+    with pytest.raises(InputError, match=REFUSED[command]):
+        experiments.main([*command.split(), f"--out={tmp_path}"])
+
+
+def test_differences_are_those_of_each_query_over_the_seeds_that_both_rows_have():
+    """.1, .2 and .6 more in seed 0: the mean is .3, the standard error sqrt(.07 / 3) = .153."""
+    runs = {"0": {"scores": {"x": [0.5, 0.7, 0.9]}}, "1": {"scores": {"x": [0.7, 0.9, 1.0]}}}
+    others = {"0": {"scores": {"x": [0.4, 0.5, 0.3]}}}
+    assert experiments.difference(runs, others, "x") == "+0.300 ±0.153"
+    assert experiments.cell(others, "x") == "0.400 ±0.058"
+    assert experiments.cell(runs, "x") == "0.783 ±0.101 (0.700, 0.867)"
+    assert experiments.difference(runs, {}, "x") == ""

@@ -1,0 +1,76 @@
+"""Imports point one way, and what is imported is no more than what is needed."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+
+import pytest
+from conftest import ROOT
+
+FOLDERS = ("common", "data", "bench")
+ORDER = ("common", "data", "rope", "model", "mlm", "evaluate", "data.filter")
+ORDER += ("contrastive", "finetune", "bench")
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for pattern in ("*.py", *(f"{folder}/*.py" for folder in FOLDERS))
+    for path in sorted(ROOT.glob(pattern))
+}
+
+
+def place(name):
+    """The index of a file in ORDER: of its own name, else of its folder."""
+    return ORDER.index(name if name in ORDER else name.split(".")[0])
+
+
+def imports_of(name):
+    """The project's files that a file imports, at the top and inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name}: a relative import"
+            parts = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {part if part in FILES else node.module for part in parts}
+    beside = {f"{name.split('.')[0]}.{module}" for module in found}  # as scripts see their folder
+    return (found | beside) & set(FILES) - {name}
+
+
+def test_every_file_is_in_the_order():
+    assert len(FILES) > 25 and "data.filter" in FILES
+    for name in FILES:
+        assert name in ORDER or name.split(".")[0] in FOLDERS, name
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_what_comes_before_it(name):
+    for other in imports_of(name):
+        same_folder = name.split(".")[0] == other.split(".")[0] and place(name) == place(other)
+        assert place(other) < place(name) or same_folder, other
+
+
+def test_there_are_no_circles():
+    order = list(TopologicalSorter({name: imports_of(name) for name in FILES}).static_order())
+    assert order.index("common.options") < order.index("model") < order.index("finetune")
+
+
+def test_importing_the_model_imports_nothing_of_a_run_and_no_large_library():
+    unwanted = ("datasets", "matplotlib", "mteb", "bm25s", "transformers", "common.run")
+    code = f"import sys, model; print(sorted(set({unwanted}) & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_no_file_executes_what_it_reads():
+    calls = [
+        (name, ast.unparse(node))
+        for name, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    ]
+    loads = [(name, call) for name, call in calls if call.startswith("torch.load(")]
+    assert loads and all("weights_only=True" in call for _, call in loads)
+    for name, call in calls:
+        assert "trust_remote_code=True" not in call and "allow_pickle=True" not in call, name
+        assert not call.startswith("pickle.load") or name == "data.pairs", "a file of its own"

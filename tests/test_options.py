@@ -1,0 +1,169 @@
+"""The command line of every script: help texts, presets, and bad values refused in one line."""
+
+import importlib
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT
+
+import contrastive
+import evaluate
+import finetune
+import mlm
+from common.options import InputError, parse, range_of, read_options
+from data import filter, folder, pairs, pydocs
+
+PATHS = [path for pattern in ("*.py", "data/*.py", "bench/*.py") for path in ROOT.glob(pattern)]
+SCRIPTS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted(PATHS)
+    if "read_options(" in path.read_text()
+]
+STAGES = (mlm, contrastive, finetune)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_lists_every_option_with_a_text_and_a_default_in_its_range(name, capsys):
+    module = importlib.import_module(name)
+    options = getattr(module, "Config", None) or module.Options
+    with pytest.raises(SystemExit) as left:
+        module.main(["-h"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0 and shown.startswith(module.__doc__.strip().splitlines()[0])
+    for field in fields(options):
+        (text,) = re.findall(rf"^  --{spelt(field.name)}=\w+  (.*)\n      default ", shown, re.M)
+        assert len(text) > 10
+        if field.type in (int, float):
+            low, high = range_of(field.type, text)
+            assert low <= field.default <= high, field.name
+
+
+def spelt(name):
+    return name.replace("_", "-")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_presets_are_accepted_as_options_would_be(stage):
+    for name, preset in stage.PRESETS.items():
+        config, origin = read_options(stage.Config, [f"--preset={name}"], stage.PRESETS)
+        given = [f"--{spelt(key)}={value}".replace("True", "true") for key, value in preset.items()]
+        same, _ = read_options(stage.Config, [f"--preset={name}", *given], stage.PRESETS)
+        assert same == config and all(origin[key] == f"preset {name}" for key in preset)
+
+
+def test_values_come_from_options_then_the_preset_then_the_default():
+    config, origin = read_options(mlm.Config, ["--preset=paper", "--lr=1"], mlm.PRESETS)
+    assert (config.lr, config.hidden_size, config.seed) == (1.0, 768, 0)
+    found = [origin[key] for key in ("lr", "hidden_size", "seed")]
+    assert found == ["option", "preset paper", "default"]
+
+
+def test_both_spellings_and_powers_of_ten_are_understood():
+    options = ["--batch-size=64", "--eval_every=1e3", "--lr=1e-3", "--resume", "--compile=false"]
+    config, _ = read_options(mlm.Config, options, mlm.PRESETS)
+    assert (config.batch_size, config.eval_every, config.lr) == (64, 1000, 0.001)
+    assert (config.resume, config.compile) == (True, False)
+
+
+MANY = "1" + "0" * 400
+RANGE = "give a (whole )?number from "
+BAD = [
+    (mlm, "--batchsize=4", "--batchsize is not an option: did you mean --batch-size?"),
+    (mlm, "--xyzzy=4", "--xyzzy is not an option: --help lists all"),
+    (mlm, "steps=4", "options are written --key=value"),
+    (mlm, "--steps=many", "--steps=many: not a whole number"),
+    (mlm, "--steps=1.5", "--steps=1.5: not a whole number"),
+    (mlm, "--steps=", "--steps=: not a whole number"),
+    (mlm, "--steps", "--steps needs a value"),
+    (mlm, "--lr=fast", "--lr=fast: not a number"),
+    (mlm, "--resume=perhaps", "--resume=perhaps: give true or false"),
+    (mlm, "--preset=huge", "the presets are laptop, gpu, paper"),
+    (mlm, "--precision=int4", "give auto, bf16 or float32"),
+    (mlm, "--steps=0", RANGE + "1 to "),
+    (mlm, f"--steps={MANY}", RANGE + "1 to "),
+    (mlm, "--lr=nan", "--lr=nan: not a number"),
+    (mlm, "--lr=-1", RANGE + "0 to 1,000"),
+    (mlm, "--lr=1e30", RANGE + "0 to 1,000"),
+    (mlm, "--lr=inf", RANGE + "0 to 1,000"),
+    (mlm, "--beta2=1", RANGE + "0 to 0.99999"),
+    (mlm, "--warmup=nan", "--warmup=nan: not a number"),
+    (mlm, "--warmup=2", RANGE + "0 to 1"),
+    (mlm, "--warmup=-3", RANGE + "0 to 1"),
+    (mlm, "--seed=1e23", RANGE + "0 to 1e"),
+    (mlm, "--seed=-1", RANGE + "0 to 1e"),
+    (mlm, "--hidden-size=1e8", RANGE + "2 to 65,536"),
+    (mlm, "--num-hidden-layers=0", RANGE + "1 to 1,000"),
+    (mlm, "--batch-size=1e12", RANGE + "1 to 1e"),
+    (mlm, "--batch-size=0", RANGE + "1 to 1e"),
+    (mlm, "--mask-probability=2", RANGE + "0.01 to 0.99"),
+    (mlm, "--mask-probability=0", RANGE + "0.01 to 0.99"),
+    (mlm, "--weight-decay=-1", RANGE + "0 to 1"),
+    (mlm, "--save-every=0", RANGE + "1 to "),
+    (mlm, "--eval-every=-1", RANGE + "0 to "),
+    (mlm, "--num-attention-heads=3", "--hidden-size=256 does not make 3 heads"),
+    (mlm, "--seq-len=1e6", "fewer than --seq-len=1000000"),
+    (mlm, "--data=nowhere", "nowhere is not a data folder: python data/pydocs.py --out=nowhere"),
+    (mlm, "--resume", "--resume: there is no"),
+    (contrastive, "--temperature=0", RANGE + "0.001 to 100"),
+    (contrastive, "--clip=-1", RANGE + "0 to "),
+    (contrastive, "--query-tokens=2", RANGE + "3 to "),
+    (contrastive, "--document-tokens=999", "--document-tokens is beyond the 128 tokens"),
+    (contrastive, "--batch-size=1e6", "the largest source has"),
+    (contrastive, "--init=nowhere", "there is no checkpoint directory nowhere"),
+    (contrastive, "--keep=some", "give embeddings or all"),
+    (finetune, "--negatives=-1", RANGE + "0 to 1,000"),
+    (finetune, "--mined=0", RANGE + "1 to 10,000"),
+    (finetune, "--margin=0", RANGE + "0.01 to inf"),
+    (finetune, "--margin=nan", "--margin=nan: not a number"),
+    (evaluate, "--max-tokens=-1", RANGE + "0 to 1e"),
+    (evaluate, "--dims=1.5", "--dims=1.5: not a whole number"),
+    (evaluate, "--dims=-1", RANGE + "0 to 1e"),
+    (evaluate, "--rope-factor=nan", "--rope-factor=nan: not a number"),
+    (evaluate, "--rope-factor=-1", RANGE + "0 to 1,000"),
+    (pydocs, "--vocab-size=0", RANGE + "300 to 1e"),
+    (folder, "--vocab-size=1e9", RANGE + "300 to 1e"),
+    (pairs, "--limit=-1", RANGE + "0 to 1e"),
+    (pairs, "--processes=100000", RANGE + "0 to 256"),
+    (filter, "--top=0", RANGE + "1 to "),
+]
+
+
+@pytest.mark.parametrize(("script", "option", "message"), BAD, ids=[case[1][:30] for case in BAD])
+def test_a_bad_option_is_one_line_that_says_what_to_give(
+    script, option, message, data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    given = [] if option.startswith("--data") or script is pydocs else [f"--data={data}"]
+    words = [str(tmp_path)] if script in (folder, pairs, filter) else []
+    given = [*words, *given] if script in (*STAGES, evaluate) else words
+    with pytest.raises(InputError, match=message) as error:
+        script.main([*given, option])
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+@pytest.mark.parametrize("text", ["1e3", "1000", "1000.0", "+1000", "10e2"])
+def test_a_whole_number_may_be_written_in_any_notation(text):
+    assert parse("steps", text, int, "optimizer steps") == 1000
+
+
+# ------------------------------------------------------------------------------------------------
+# From the shell
+
+
+def run(command, **more):
+    return subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, **more)
+
+
+def test_bad_input_and_a_full_disk_are_one_line_and_a_closed_pipe_is_none(data):
+    result = run(f"{sys.executable} contrastive.py --data={data} --init=nowhere")
+    assert result.returncode == 2
+    assert result.stderr == "contrastive.py: there is no checkpoint directory nowhere\n"
+    result = run(f"{sys.executable} -u finetune.py -h | head -1")
+    assert result.stdout == finetune.__doc__.splitlines()[0] + "\n" and not result.stderr
+    result = run(f"{sys.executable} finetune.py -h > /dev/full")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "No space left on device" in result.stderr
