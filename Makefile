@@ -1,11 +1,11 @@
-# Everything from a fresh clone: `make demo` trains a model and searches with it, `make test` runs the tests.
-# `make own TEXT=folder` does the same with a folder of Markdown, reStructuredText or plain text added to the embedded
-# corpus. The README has the same steps as plain commands.
+# From a fresh clone: `make demo` trains a model and searches with it, `make own TEXT=folder` does the same with a folder
+# of Markdown, reStructuredText or plain text added to the embedded data, `make test` runs the tests. Each command may be
+# repeated: what is finished is not done again, and what was interrupted continues. The README has the plain commands.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo own test clean
+.PHONY: demo own test
 
 demo: .venv/installed
 	$(BIN)/python data/pydocs.py
@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(BIN)/python evaluate.py search "how do I read a csv file"
 
 own: .venv/installed
-	@test -d "$(TEXT)" || { echo "make own: name a folder of text, make own TEXT=notes"; exit 2; }
+	@test -d "$(TEXT)" || { echo "make own: name a folder of text: make own TEXT=notes"; exit 2; }
 	$(BIN)/python data/pydocs.py
 	$(BIN)/python data/folder.py "$(TEXT)" --add=out/pydocs --out=out/own/data --show=5
 	$(BIN)/python mlm.py --data=out/own/data --out=out/own/mlm
@@ -26,19 +26,16 @@ own: .venv/installed
 	$(BIN)/python evaluate.py --data=out/own/data --out=out/own
 	@echo 'now: $(BIN)/python evaluate.py search "your question" --data=out/own/data --out=out/own'
 
-test: .venv/installed .venv/installed-for-tests
+test: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
-.venv/installed: requirements.txt requirements-extra.txt
+.venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-extra.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch .venv/installed
 
-.venv/installed-for-tests: .venv/installed requirements-test.txt requirements-hub.txt
-	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-test.txt
+.venv/installed-for-tests: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch .venv/installed-for-tests
-
-clean:
-	rm -rf out .venv
