@@ -19,6 +19,7 @@ Three things make it work:
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from common.options import InputError, cli, inherit, read_options
 from common.run import Run, adamw, set_lr
 from data import pydocs, store
 from evaluate import Retrieval, dev_scores
-from model import ModelConfig, NomicBert, initialize, training_flops
+from model import SHAPE, SHAPES, ModelConfig, NomicBert, initialize, training_flops
 
 
 @dataclass
@@ -76,10 +77,7 @@ class Config:
 PRESETS = {
     "laptop": {},
     "gpu": {
-        "hidden_size": 512,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "intermediate_size": 2048,
+        **SHAPES["gpu"],
         "trained_length": 512,
         "keep": "all",
         "batch_size": 2048,
@@ -94,10 +92,7 @@ PRESETS = {
         "eval_every": 250,
     },
     "paper": {  # sec. 4.2.3 where nothing else is said
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
+        **SHAPES["paper"],
         "trained_length": 2048,
         "keep": "all",
         "batch_size": 16_384,
@@ -232,14 +227,14 @@ def backward_batch(model, texts, loss_of, config):
 def first_model(run, config, origin, device):
     """The encoder that stage 2 or 3 starts from: the checkpoint of --init (of OUT, if the run is
     continued), whose shape and tokenizer the run inherits, or random weights."""
-    checkpoint = config.out if run.state else config.init
+    begun = run.state and Path(config.out, "model.safetensors").is_file()
+    checkpoint = config.out if begun else config.init
     torch.manual_seed(config.seed)
     if checkpoint:
         model = distributed.call_everywhere(lambda: NomicBert.from_pretrained(checkpoint))
         if model.tokenizer is None:
             raise InputError(f"{checkpoint} has no tokenizer.json: copy that of the data there")
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        names += ("rope_base", "trained_length")
+        names = (*SHAPE, "rope_base", "trained_length")
         inherit(config, origin, {name: getattr(model.config, name) for name in names}, checkpoint)
     else:
         distributed.print_once(

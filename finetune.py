@@ -31,7 +31,7 @@ from common.run import Run, adamw, set_lr
 from contrastive import backward_batch, embed, first_model, gather, info_nce_in_blocks
 from data import pydocs, store
 from evaluate import Retrieval, dev_scores, distinct, top_k
-from model import training_flops
+from model import SHAPES, training_flops
 
 
 @dataclass
@@ -77,10 +77,7 @@ class Config:
 PRESETS = {
     "laptop": {},
     "gpu": {
-        "hidden_size": 512,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "intermediate_size": 2048,
+        **SHAPES["gpu"],
         "trained_length": 512,
         "negatives": 7,
         "batch_size": 256,
@@ -95,10 +92,7 @@ PRESETS = {
         "eval_every": 250,
     },
     "paper": {  # sec. 4.2.4 where nothing else is said
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
+        **SHAPES["paper"],
         "trained_length": 2048,
         "negatives": 7,
         "mined": 20,

@@ -27,7 +27,7 @@ from common.files import load_tokenizer
 from common.options import cli, read_options
 from common.run import Run, adamw, set_lr
 from data import pydocs, store
-from model import ModelConfig, NomicBertForMaskedLM, training_flops
+from model import SHAPES, ModelConfig, NomicBertForMaskedLM, training_flops
 
 
 @dataclass
@@ -65,10 +65,7 @@ class Config:
 PRESETS = {
     "laptop": {},
     "gpu": {
-        "hidden_size": 512,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "intermediate_size": 2048,
+        **SHAPES["gpu"],
         "seq_len": 512,
         "batch_size": 256,
         "micro_batch_tokens": 65_536,
@@ -79,10 +76,7 @@ PRESETS = {
         "save_every": 500,
     },
     "paper": {  # sec. 4.1.2 and table 2 where nothing else is said
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
+        **SHAPES["paper"],
         "seq_len": 2048,
         "batch_size": 4096,
         "micro_batch_tokens": 65_536,  # ours; it does not change the result

@@ -39,6 +39,12 @@ from data.store import pack, split_by_tokens, truncate
 from data.tasks import PREFIXES
 from rope import Rope, rope_angles, rotate
 
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+SHAPES = {  # of the presets of all stages
+    "gpu": dict(zip(SHAPE, (512, 6, 8, 2048), strict=True)),
+    "paper": dict(zip(SHAPE, (768, 12, 12, 3072), strict=True)),
+}
+
 
 @dataclass
 class ModelConfig:
@@ -67,8 +73,7 @@ class ModelConfig:
         size, heads = options.hidden_size, options.num_attention_heads
         if size % (2 * heads):
             raise InputError(f"--hidden-size={size} does not make {heads} heads of even size")
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        shape = {name: getattr(options, name) for name in (*names, "rope_base")}
+        shape = {name: getattr(options, name) for name in (*SHAPE, "rope_base")}
         # matrix products are fastest with multiples of 64
         return cls(-(-vocab_size // 64) * 64, trained_length=trained_length, **shape)
 

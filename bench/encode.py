@@ -57,9 +57,9 @@ def best_batch_size(model, texts, rng):
 
 
 def main(arguments):
+    options, _ = read_options(Options, arguments)
     from sentence_transformers import SentenceTransformer
 
-    options, _ = read_options(Options, arguments)
     device, rng = best_device(), np.random.default_rng(options.seed)
     tokenizer = load_tokenizer(options.data)
     torch.manual_seed(options.seed)

@@ -61,9 +61,9 @@ def deviations(model, other, length):
 
 
 def main(arguments):
+    options, _ = read_options(Options, arguments)
     from transformers import AutoModelForMaskedLM
 
-    options, _ = read_options(Options, arguments)
     print_head("s", "tokens", "hidden states", "embedding", "MLM logits")
     for s, lengths in LENGTHS.items():
         torch.manual_seed(0)

@@ -59,7 +59,8 @@ def rank_and_world():
 
 
 def is_first():
-    return os.environ.get("RANK", "0") == "0"
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return rank == 0
 
 
 def print_once(*values):

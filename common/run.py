@@ -157,9 +157,12 @@ class Run:
             raise InputError(f"cannot write {path}: {error.strerror}") from None
         self.log_file.seek(0)
         kept = 0
-        for line in self.log_file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > self.step:
-                break  # a kill may have cut the last line
+        for number, line in enumerate(self.log_file, start=1):
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > self.step:
+                    break  # a kill may have cut the last line
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{path}, line {number}: not a line of a log") from None
             kept += len(line)
         self.log_file.truncate(kept)
         (self.out / "results.json").unlink(missing_ok=True)  # they are of other weights

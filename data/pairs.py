@@ -21,6 +21,7 @@ has cached. This was never run against the hub itself, only on local files of ea
 
 import csv
 import functools
+import gc
 import glob
 import hashlib
 import itertools
@@ -175,7 +176,7 @@ def pairs_in(value, source):
     texts = [query, *documents, *negatives]
     if query is None or not documents or None in documents:
         return [], f"no {'query' if query is None else 'document'}"
-    if not all(isinstance(text, str) for text in texts):
+    if set(map(type, texts)) != {str}:
         return [], "not text"
     try:
         "".join(texts).encode()
@@ -186,7 +187,7 @@ def pairs_in(value, source):
         texts = [text[:LONGEST] for text in texts]
     query, *texts = map(str.strip, texts)
     documents, negatives = texts[: len(documents)], list(filter(None, texts[len(documents) :]))
-    if not all((query, *documents)):
+    if not query or "" in documents:
         return [], f"empty {'document' if query else 'query'}"
     return [(query, document, negatives) for document in documents], fault
 
@@ -254,6 +255,7 @@ def hold_out(source, rows, options, folder):
 @functools.lru_cache(maxsize=1)
 def open_job(path):
     source, tokenizer, held_out, queries = pickle.loads(Path(path).read_bytes())
+    gc.freeze()  # so that the garbage collector does not search all of this again and again
     return source, Tokenizer.from_str(tokenizer), held_out, queries
 
 

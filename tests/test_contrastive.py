@@ -27,10 +27,6 @@ def unit_rows(n, E=16, seed=0):
     return F.normalize(torch.randn(n, E, generator=generator, dtype=torch.float64), dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------
-# InfoNCE
-
-
 def test_info_nce_equals_a_loop():
     query, document = unit_rows(5, seed=1), unit_rows(12, seed=2)
     expected = 0.0
@@ -100,10 +96,6 @@ def test_plain_gradient_accumulation_has_another_gradient():
     for i in range(0, 8, 2):
         (loss_of(embed(model, TEXTS[i : i + 2] + TEXTS[8 + i : 10 + i], 100_000)) / 4).backward()
     assert (gradients(model) - expected).abs().max() > 0.1 * expected.abs().max()
-
-
-# ------------------------------------------------------------------------------------------------
-# Several processes
 
 
 def test_only_gathering_with_gradient_has_the_gradient_of_one_process(monkeypatch):

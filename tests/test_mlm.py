@@ -50,6 +50,7 @@ def test_the_mask_of_a_text_depends_on_its_seed_and_not_on_its_batch(tokenizer):
     inputs, cu_seqlens, _, _ = masker(texts, 0.3, [[0], [1], [2]])
     alone, *_ = masker(texts[1:2], 0.3, [[1]])
     assert torch.equal(inputs[cu_seqlens[1] : cu_seqlens[2]], alone)
+    assert not torch.equal(masker(texts[1:2], 0.3, [[7]])[0], alone)
 
 
 def test_targets_are_the_original_tokens_at_the_chosen_positions(tokenizer):
@@ -59,10 +60,6 @@ def test_targets_are_the_original_tokens_at_the_chosen_positions(tokenizer):
     assert torch.equal(original[positions], targets)
     changed = torch.nonzero(inputs != original).flatten()
     assert set(changed.tolist()) <= set(positions.tolist())
-
-
-# ------------------------------------------------------------------------------------------------
-# The loss
 
 
 def small_model(tokenizer):

@@ -26,9 +26,6 @@ from model import (
     varlen_kernel,
 )
 
-# ------------------------------------------------------------------------------------------------
-# The plain twin: one text, no packing, nothing fused
-
 
 def rotated(x, base):
     """Position p of (L, H, D): pairs (i, i + D/2) turned by p * base ^ (-2i / D)."""
@@ -209,10 +206,6 @@ def test_a_compiled_block_is_one_graph_for_all_batches():
             assert out.shape == x.grad.shape == (N, 128)
 
 
-# ------------------------------------------------------------------------------------------------
-# Batches
-
-
 def test_an_embedding_does_not_depend_on_its_batch():
     """Alone, together, in other orders; short, and beyond the trained length of 128 tokens."""
     model = tiny_model()
@@ -254,10 +247,6 @@ def test_the_mlm_head_gives_logits_of_the_masked_positions_only():
     transformed = head.layer_norm(F.silu(hidden @ head.dense.weight.T))
     expected = transformed @ model.bert.embeddings.word_embeddings.weight.T
     assert torch.allclose(logits, expected, atol=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------
-# encode
 
 
 def test_encode_keeps_the_order_and_truncates(tokenizer):
