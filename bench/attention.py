@@ -3,15 +3,13 @@
     python bench/attention.py                     # a minute on a CPU
     python bench/attention.py --tokens=65536      # for a GPU
 
-Forward and backward over one batch of texts: of a natural mix of lengths (median 70 tokens, up to
-2,048), and all of 2,048 tokens. Next to our ways stands what most code does: a batch padded to a
-rectangle, with a mask. Deviation is the largest difference from result and gradient in float64,
+Forward and backward over one batch. Next to our ways stands what most code does: a batch padded to
+a rectangle, with a mask. Deviation is the largest difference from result and gradient in float64,
 over the largest value, for the shortest texts.
 """
 
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.parity import deviation
-from bench.shared import natural_mix, print_head, print_machine, print_row
+from bench.shared import natural_mix, print_head, print_machine, print_row, seconds_of
 from common.device import best_device, fast_dtype
 from common.options import cli, read_options
 from model import find_segments, packed_attention, varlen_kernel
@@ -30,10 +28,8 @@ from model import find_segments, packed_attention, varlen_kernel
 @dataclass
 class Options:
     tokens: int = 8192  # of the batch [16, 1e9]
-    heads: int = 12  # H
-    head_size: int = 64  # D
+    heads: int = 12  # H, of 64 numbers each
     rounds: int = 5  # how often each is timed; the median counts
-    seed: int = 0  # of lengths and vectors [0, 1e18]
 
 
 def written_out(q, k, v):
@@ -67,46 +63,40 @@ def ways(lengths, dtype, device):
     return found
 
 
-def measure(attend, qkv, weights, rounds, device):
-    """Median seconds forward and backward; the result (N, H, D); the gradient (N, 3, H, D)."""
-    seconds = []
-    for _ in range(rounds + 2):
-        x = qkv.detach().requires_grad_()
-        began = time.perf_counter()
-        out = attend(*x.unbind(1))
-        (out * weights).sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[2:]), out.detach(), x.grad
-
-
 def main(arguments):
     options, _ = read_options(Options, arguments)
-    device = best_device()
-    dtype, rng = fast_dtype(device), np.random.default_rng(options.seed)
-    torch.manual_seed(options.seed)
+    device, rng = best_device(), np.random.default_rng(0)
+    dtype = fast_dtype(device)
+    torch.manual_seed(0)
     mix = natural_mix(options.tokens, rng)
-    mix = mix[: max(1, np.searchsorted(np.cumsum(mix), options.tokens))]
+    mix = sorted(mix[: max(1, np.searchsorted(np.cumsum(mix), options.tokens))].tolist())
     print_machine(device, dtype)
     print_head("texts", "", "ms", "tokens/s", "deviation", "of the gradient")
-    for title, lengths in {
-        "natural mix": sorted(mix.tolist(), reverse=True),
-        "2,048 tokens": [2048] * max(1, options.tokens // 2048),
-    }.items():
-        N, shape = sum(lengths), (options.heads, options.head_size)
-        qkv = torch.randn(N, 3, *shape).to(device, dtype)
+    equal = [2048] * max(1, options.tokens // 2048)
+    for title, lengths in {"natural mix": mix[::-1], "2,048 tokens": equal}.items():
+        N, shape = sum(lengths), (options.heads, 64)
+        x = torch.randn(N, 3, *shape).to(device, dtype).requires_grad_()
         weights = torch.randn(N, *shape).to(device, dtype)
         few = lengths[-max(1, int(np.searchsorted(np.cumsum(lengths[::-1]), 4096))) :]
         n = sum(few)  # tokens, in float64
-        x = qkv[-n:].double().requires_grad_()
-        expected = torch.cat([written_out(*part.unbind(1)) for part in x.split(few)])
+        exact = x[-n:].detach().double().requires_grad_()
+        expected = torch.cat([written_out(*part.unbind(1)) for part in exact.split(few)])
         (expected * weights[-n:].double()).sum().backward()
         for name, attend in ways(lengths, dtype, device).items():
-            seconds, out, gradient = measure(attend, qkv, weights, options.rounds, device)
-            off = deviation(out[-n:].double(), expected), deviation(gradient[-n:].double(), x.grad)
+
+            def step(x=x, weights=weights, attend=attend):
+                x.grad = None
+                out = attend(*x.unbind(1))
+                (out * weights).sum().backward()
+                return out.detach(), x.grad
+
+            step()  # warm
+            out, gradient = step()
+            seconds = statistics.median(seconds_of(step) for _ in range(options.rounds))
+            pairs = (out, expected), (gradient, exact.grad)
+            off = (f"{deviation(ours[-n:].double(), right):.1e}" for ours, right in pairs)
             speed = f"{seconds * 1e3:.1f}", f"{N / seconds:,.0f}"
-            print_row(f"{title}: {len(lengths):,}", name, *speed, *(f"{x:.1e}" for x in off))
+            print_row(f"{title}: {len(lengths):,}", name, *speed, *off)
 
 
 if __name__ == "__main__":

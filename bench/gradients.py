@@ -35,70 +35,53 @@ WAYS = {
 class Options:
     processes: str = "2,4"  # how many, with commas
     pairs: int = 64  # of the global batch
-    seed: int = 0  # of queries, documents and weights [0, 1e18]
 
 
-def batch(pairs, seed, E=16):
-    """Queries and documents at unit length, each near the other; and a matrix of weights."""
-    new = {"generator": torch.Generator().manual_seed(seed), "dtype": torch.float64}
+def work(rank, world, store, pairs, results, E=16):
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
+    new = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
     query, noise = torch.randn(pairs, E, **new), torch.randn(pairs, E, **new)
-    weight = torch.randn(E, E, **new) / E**0.5
-    return F.normalize(query, dim=-1), F.normalize(query + noise, dim=-1), weight
-
-
-def loss_of(query, document, way, pairs, first):
-    """This process's part of the mean over the global batch, or what stands in for it."""
-    if way == "not gathered":
-        return info_nce(query, document, 0.05) / pairs
-    everyone = gather(document)
-    if way == "without gradient":  # but for the documents of this process
-        everyone = everyone.detach().clone()
-        everyone[first : first + len(query)] = document
-    return info_nce(query, everyone, 0.05, first) / pairs
-
-
-def work(rank, world, store, options, results):
-    if world > 1:
-        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
-    query, document, start = batch(options.pairs, options.seed)
-    share = options.pairs // world
-    mine = slice(rank * share, (rank + 1) * share)
+    start = torch.randn(E, E, **new) / E**0.5
+    share = pairs // world
+    first = rank * share
     for way in WAYS.values():
         weight = start.clone().requires_grad_()
-        q, d = (F.normalize(x[mine] @ weight, dim=-1) for x in (query, document))
-        loss_of(q, d, way, options.pairs, rank * share).backward()
-        if world > 1:
-            dist.all_reduce(weight.grad)
+        sides = (F.normalize(side, dim=-1) for side in (query, query + noise))  # near each other
+        q, d = (F.normalize(x[first : first + share] @ weight, dim=-1) for x in sides)
+        everyone = d if way == "not gathered" else gather(d)
+        if way == "without gradient":  # but for the documents of this process
+            everyone = everyone.detach().clone()
+            everyone[first : first + share] = d
+        loss = info_nce(q, everyone, 0.05, 0 if way == "not gathered" else first) / pairs
+        loss.backward()  # this process's part of the mean over the global batch
+        dist.all_reduce(weight.grad)
         if way == "averaged":
             weight.grad /= world
         if rank == 0:
             results[world, way] = weight.grad.flatten()
-    if world > 1:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def measure(options):
     """(W, way) -> the gradient's size over that of the true one, and its cosine with it."""
     results, found = multiprocessing.Manager().dict(), {}
-    work(0, 1, None, options, results)
-    true = results[1, "exact"]
-    for world in map(int, options.processes.split(",")):
+    for world in map(int, f"1,{options.processes}".split(",")):
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (world, f"{folder}/store", options, results)
+            arguments = (world, f"{folder}/store", options.pairs, results)
             multiprocessing.spawn(work, arguments, nprocs=world)
-        for way in WAYS.values():
-            gradient = results[world, way]
-            size = (gradient.norm() / true.norm()).item()
-            found[world, way] = (size, F.cosine_similarity(gradient, true, dim=0).item())
+    true = results[1, "exact"]
+    for (world, way), gradient in results.items():
+        size = (gradient.norm() / true.norm()).item()
+        found[world, way] = (size, F.cosine_similarity(gradient, true, dim=0).item())
     return found
 
 
 def main(arguments):
     options, _ = read_options(Options, arguments)
-    found, worlds = measure(options), [int(world) for world in options.processes.split(",")]
+    found, worlds = measure(options), options.processes.split(",")
     print_head("size / cosine", *(f"W = {world}" for world in worlds))
     for title, way in WAYS.items():
-        print_row(title, *("{:.3f} / {:.3f}".format(*found[world, way]) for world in worlds))
+        print_row(title, *("{:.3f} / {:.3f}".format(*found[int(W), way]) for W in worlds))
 
 
 if __name__ == "__main__":

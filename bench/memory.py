@@ -1,16 +1,12 @@
 """Peak memory of a contrastive step as the batch grows, with and without GradCache.
 
     python bench/memory.py                         # the laptop model, up to 16,384 pairs: minutes
-    python bench/memory.py --batches=256,512       # seconds
     python bench/memory.py --preset=paper --batches=1024,4096,16384,65536 --longest=1024    # a GPU
 
 With GradCache the activations of one micro-batch are in memory at a time. What grows with the batch
 are its embeddings and their gradients, 16 C bytes a pair, and the token ids; of the logits there
-are never more than 2 ** 23 (info_nce_in_blocks): 32 MiB, and a few copies of them in the
-cross-entropy. Without GradCache the activations of the whole batch are kept.
-
-Each number is from a process of its own: the peak of its memory (of a GPU, where there is one) less
-what it had before the step.
+are never more than 2 ** 23 (info_nce_in_blocks). Each number is from a process of its own: the peak
+of its memory, of a GPU where there is one, less what it had before the step.
 """
 
 import multiprocessing
@@ -44,21 +40,12 @@ class Options:
     longest: int = 4096  # pairs that are tried without GradCache [0, 1e9]
 
 
-def peak():
-    """The most memory that this process ever had, in MiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
 def step(pairs, cached, options):
-    """Forward and backward of one batch. Returns its tokens, MiB of memory, and the hidden size."""
+    """Forward and backward of one batch. Returns its tokens, and MiB: all, and of embeddings."""
     config, _ = read_options(Config, [f"--preset={options.preset}"], PRESETS)
-    tokenizer = load_tokenizer(options.data)
-    size = tokenizer.get_vocab_size()
-    model = NomicBert(ModelConfig.from_options(config, size, config.trained_length))
-    model.to(best_device())
+    tokenizer, length = load_tokenizer(options.data), config.trained_length
+    shape = ModelConfig.from_options(config, tokenizer.get_vocab_size(), length)
+    model = NomicBert(shape).to(best_device())
     model.dtype = fast_dtype(model.device)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # in memory at any batch size
@@ -71,12 +58,19 @@ def step(pairs, cached, options):
     def loss_of(embeddings):
         return info_nce_in_blocks(*embeddings.chunk(2), config.temperature) / pairs
 
+    def peak():
+        """The most memory that this process ever had, in MiB."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 2**20
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
     before = peak()
     if cached:
         grad_cache(model, texts, loss_of, budget)
     else:
         loss_of(embed(model, texts, budget)).backward()
-    return sum(map(len, texts)), peak() - before, model.config.hidden_size
+    return sum(map(len, texts)), peak() - before, 16 * pairs * config.hidden_size / 2**20
 
 
 def main(arguments):
@@ -88,11 +82,11 @@ def main(arguments):
     print_head("pairs", "tokens", "GradCache, MiB", "of it embeddings, MiB", "without, MiB")
     for pairs in map(int, options.batches.split(",")):
         cells = []
-        for cached in (True, False)[: 1 + (pairs <= options.longest)]:
+        for cached in (True, False) if pairs <= options.longest else (True,):
             with ProcessPoolExecutor(1, mp_context=context) as pool:
-                tokens, memory, C = pool.submit(step, pairs, cached, options).result()
-            cells += [f"{memory:,.0f}", f"{pairs * 2 * 2 * C * 4 / 2**20:,.0f}"][: 1 + cached]
-        print_row(f"{pairs:,}", f"{tokens:,}", *cells, *[""] * (pairs > options.longest))
+                tokens, *sizes = pool.submit(step, pairs, cached, options).result()
+            cells += [f"{size:,.0f}" for size in sizes[: 1 + cached]]
+        print_row(f"{pairs:,}", f"{tokens:,}", *cells, *[""] * (3 - len(cells)))
 
 
 if __name__ == "__main__":

@@ -36,11 +36,19 @@ def split_options(options_class, arguments):
     return own, [a for a in arguments if a not in own]
 
 
-def published_shape(layers, hidden_size, **more):
+def published_shape(layers, C, **more):
     """The shape of nomic-bert-2048, or one like it with fewer layers or a smaller hidden size."""
-    sizes = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size}
-    heads = max(1, hidden_size // 64)
-    return ModelConfig(num_hidden_layers=layers, num_attention_heads=heads, **sizes, **more)
+    more |= {"num_attention_heads": max(1, C // 64), "intermediate_size": 4 * C}
+    return ModelConfig(num_hidden_layers=layers, hidden_size=C, **more)
+
+
+def seconds_of(work):
+    """How long work() takes, with what it queued on a GPU."""
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def natural_mix(n, rng):
@@ -58,9 +66,9 @@ def pieces_of_text(data, tokenizer, lengths, rng):
 def matrix_rate(config, dtype, device, seconds=1.0):
     """Operations per second of the matrix products of one layer, (N, C) x (C, 3C) and so on. It is
     the highest of several N: a GPU needs large matrices, a CPU those that fit in its cache."""
-    C, inner = config.hidden_size, config.intermediate_size
+    C, inner, rates = config.hidden_size, config.intermediate_size, []
     shapes = [(C, 3 * C), (C, C), (C, inner), (C, inner), (inner, C)]
-    new, rates = {"dtype": dtype, "device": device}, []
+    new = {"dtype": dtype, "device": device}
     for N in (2048, 8192) if device.type == "cpu" else (8192, 65_536):
         pairs = [(torch.randn(N, a, **new), torch.randn(a, b, **new)) for a, b in shapes]
         operations, began = 0, time.perf_counter()

@@ -4,9 +4,9 @@
     python bench/stages.py --preset=gpu --compile                # and any other option of a stage
     python bench/stages.py --stages=mlm --preset=paper --batch-size=256
 
-Each stage runs for 12 steps (--steps), and this reads its log: the median step, without the first
-two. Operations are the useful ones (model.training_flops). The rate to compare with is measured
-before and after, on the matrices of one layer in the same type; the higher one counts.
+Each stage runs for 12 steps (--steps). From its log comes the median step, without the first two.
+Operations are the useful ones (model.training_flops). The matrix rate is measured before and after,
+on the matrices of one layer in the same type; the higher one counts.
 """
 
 import contextlib
@@ -30,7 +30,6 @@ from common.device import best_device, choose_dtype
 from common.options import InputError, cli, read_options
 
 STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
-WARM_UP = 2  # steps that do not count
 
 
 @dataclass
@@ -38,11 +37,18 @@ class Options:
     stages: str = "mlm,contrastive,finetune"  # which to measure
 
 
+def choose_stages(names):
+    """name -> module, for names with commas between them."""
+    if set(names.split(",")) - set(STAGES):
+        raise InputError(f"--stages={names}: give some of {','.join(STAGES)}")
+    return {name: STAGES[name] for name in names.split(",")}
+
+
 def measure(stage, arguments, device):
     """Tokens per second, operations per second, and the matrix rate."""
     config, _ = read_options(stage.Config, arguments, stage.PRESETS)
-    if config.steps <= WARM_UP:
-        raise InputError(f"--steps={config.steps}: give more than {WARM_UP}")
+    if config.steps <= 2:  # which do not count
+        raise InputError(f"--steps={config.steps}: give more than 2")
     dtype = choose_dtype(config.precision, device)
     rate = matrix_rate(config, dtype, device)
     run.peak_flops = lambda device: rate  # so that the log has the share of it
@@ -50,33 +56,28 @@ def measure(stage, arguments, device):
         quiet = ["--log-every=1", "--eval-every=0", "--save-every=1e9", f"--out={folder}/run"]
         with contextlib.redirect_stdout(io.StringIO()):
             stage.main([*arguments, *quiet])
-        records = [json.loads(line) for line in open(f"{folder}/run/log.jsonl")][WARM_UP:]
-    speed, share = (
-        statistics.median(record[key] for record in records)
-        for key in ("tokens_per_second", "share_of_peak")
-    )
+        records = [json.loads(line) for line in open(f"{folder}/run/log.jsonl")][2:]
+    speed = statistics.median(record["tokens_per_second"] for record in records)
+    share = statistics.median(record["share_of_peak"] for record in records)
     return speed, share * rate, max(rate, matrix_rate(config, dtype, device))
 
 
 def main(arguments):
     own, others = split_options(Options, arguments)
     options, _ = read_options(Options, own)
-    names, device = options.stages.split(","), best_device()
-    if unknown := set(names) - set(STAGES):
-        raise InputError(f"--stages: {', '.join(unknown)} is none of {', '.join(STAGES)}")
+    stages, device = choose_stages(options.stages), best_device()
     cuda = device.type == "cuda"
     print_machine(device, " ".join(others))
     titles = ("stage", "tokens/s", "MFLOP/token", "TFLOP/s", "matrix rate, TFLOP/s", "share")
-    print_head(*titles, *["GPU memory, GiB"] * cuda)
-    for name in names:
+    print_head(*titles, "GPU memory, GiB")
+    for name, stage in stages.items():
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        speed, flops, rate = measure(STAGES[name], ["--steps=12", *others], device)
+        speed, flops, rate = measure(stage, ["--steps=12", *others], device)
         cells = [f"{speed:,.0f}", f"{flops / speed / 1e6:.1f}", f"{flops / 1e12:.3f}"]
         cells += [f"{rate / 1e12:.3f}", f"{flops / rate:.0%}"]
-        if cuda:
-            cells.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f}")
-        print_row(name, *cells)
+        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if cuda else ""
+        print_row(name, *cells, memory)
 
 
 if __name__ == "__main__":
