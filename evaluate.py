@@ -184,15 +184,12 @@ class Retrieval:
         return [cls(folder, split, **sample) for folder in folders]
 
     def rank(self, model, max_tokens, k=100, dims=None):
-        """Each query's k best documents (n, k); mean cosine of its right, and of a random one."""
+        """Each query's k best documents (n, k), best first."""
         query, document = (
             model.encode([self.prefixes[side] + text for text in texts], max_tokens, dims)
             for side, texts in (("query", self.queries), ("document", self.documents))
         )
-        right = [next(iter(relevant)) for relevant in self.relevant]
-        random = np.random.default_rng(0).integers(len(document), size=len(query))
-        cosines = [float((query * document[other]).sum(1).mean()) for other in (right, random)]
-        return top_k(query, document, k)[1], cosines
+        return top_k(query, document, k)[1]
 
     def rank_bm25(self, split_identifiers=False, k=100):
         """The same by BM25, word matching that needs no training and is hard to beat, so that no
@@ -220,7 +217,7 @@ def dev_scores(model, tasks, max_tokens, number):
     for each number of an evaluation, and what it finds."""
     scores = {}
     for task in tasks:
-        rankings, _ = task.rank(model, max_tokens)
+        rankings = task.rank(model, max_tokens)
         scores[f"dev_{task.name}"] = float(np.mean(task.scores(rankings)["nDCG@10"]))
     shown = number % len(task.queries)
     found = [
@@ -241,7 +238,7 @@ def ladder(options):
     print(f"{'':28}" + "".join(f"{task.name + ', nDCG@10':>32}{'MRR@10':>10}" for task in tasks))
     for name, split_identifiers in (("BM25", False), ("BM25, identifiers split", True)):
         if importlib.util.find_spec("bm25s"):
-            rankings = [(task.rank_bm25(split_identifiers), ()) for task in tasks]
+            rankings = [task.rank_bm25(split_identifiers) for task in tasks]
             rows[name] = ladder_row(name, tasks, rankings)
         else:
             print(f"{name}: not measured; pip install -r requirements.txt")
@@ -260,25 +257,23 @@ def ladder(options):
         accuracy, perplexity = summary(hit), math.exp(loss.mean())
         save_results(options.out, "masked", {"accuracy": accuracy, "perplexity": perplexity})
         print(f"\nafter stage 1: {len(loss):,} masked tokens of {options.split} text, "
-              f"{percent(accuracy)} predicted, perplexity {perplexity:.1f}")  # fmt: skip
+              f"{shown(accuracy)} predicted, perplexity {perplexity:.1f}")  # fmt: skip
 
 
-def percent(score):
+def shown(score):
     return f"{score['mean']:.3f} ±{score['error']:.3f}"
 
 
 def means(row):
-    return {metric: value["mean"] for metric, value in row.items() if isinstance(value, dict)}
+    return {metric: value["mean"] for metric, value in row.items()}
 
 
 def ladder_row(name, tasks, rankings):
     """Prints and returns the scores of a row: task -> metric -> mean and standard error."""
     row, line = {}, f"{name:28}"
-    for task, (ranking, cosines) in zip(tasks, rankings, strict=True):
+    for task, ranking in zip(tasks, rankings, strict=True):
         row[task.name] = {metric: summary(v) for metric, v in task.scores(ranking).items()}
-        if cosines:
-            row[task.name] |= {"cosine of pairs": cosines[0], "cosine at random": cosines[1]}
-        line += f"{percent(row[task.name]['nDCG@10']):>32}{row[task.name]['MRR@10']['mean']:10.3f}"
+        line += f"{shown(row[task.name]['nDCG@10']):>32}{row[task.name]['MRR@10']['mean']:10.3f}"
     print(line, flush=True)
     return row
 
@@ -349,12 +344,12 @@ def long(options, times=(1, 2, 4, 8, 16)):
             masked.bert.rope = dataclasses.replace(masked.bert.rope, **scalings(n)[name])
             encoder.rope = dataclasses.replace(encoder.rope, **scalings(n)[name])
             loss, hit = held_out_scores(masked, windows, piece=n * length)
-            rankings, _ = task.rank(encoder, n * length)
+            rankings = task.rank(encoder, n * length)
             row = {"accuracy": hit, "loss": loss, "nDCG@10": task.scores(rankings)["nDCG@10"]}
             row = {metric: summary(values) for metric, values in row.items()}
             table.setdefault(name, {})[n * length] = row
-            cells = f"{percent(row['accuracy']):>20}{row['loss']['mean']:8.3f}"
-            print(f"{name:14}{n * length:8}{cells}{percent(row['nDCG@10']):>20}", flush=True)
+            cells = f"{shown(row['accuracy']):>20}{row['loss']['mean']:8.3f}"
+            print(f"{name:14}{n * length:8}{cells}{shown(row['nDCG@10']):>20}", flush=True)
     save_results(options.out, "long", {"trained length": length, "table": table})
 
 
@@ -410,10 +405,10 @@ def retrieval(options, folder):
         print(f"{task.name}, {split}: {sizes}")
         print(f"{'':20}" + "".join(f"{metric:>17}" for metric in METRICS))
         rankings = {"BM25": task.rank_bm25()} if importlib.util.find_spec("bm25s") else {}
-        rankings[str(directory)], _ = task.rank(model, length, dims=options.dims or None)
+        rankings[str(directory)] = task.rank(model, length, dims=options.dims or None)
         for name, ranking in rankings.items():
             row = {metric: summary(values) for metric, values in task.scores(ranking).items()}
-            cells = "".join(f"{percent(value):>17}" for value in row.values())
+            cells = "".join(f"{shown(value):>17}" for value in row.values())
             print(f"{name[-19:]:20}{cells}", flush=True)
             save_results(options.out, f"retrieval {folder} {split} {name}", row)
         record(directory, f"{split} split of {task.name}", means(row))

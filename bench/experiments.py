@@ -168,7 +168,7 @@ def evaluate(row, checkpoint, group, options):
         path = Path(options.data, path)
         if path.is_dir():
             task = Retrieval(path, split)
-            ranking = task.rank(model, tokens, dims=dims)[0] if checkpoint else task.rank_bm25()
+            ranking = task.rank(model, tokens, dims=dims) if checkpoint else task.rank_bm25()
             scores[name] = task.scores(ranking)["nDCG@10"]
         elif checkpoint:
             *sides, right = read_scored_pairs(path)

@@ -237,7 +237,7 @@ def test_mteb_scores_tasks_as_we_do_and_takes_the_prefix_of_each_type(directory,
     prefixes = {re.match(r"\w+: ", text)[0] for text in asked}
     assert prefixes == {"classification: ", "search_query: ", "search_document: "}
 
-    expected = task.scores(task.rank(model, 128)[0])["nDCG@10"]
+    expected = task.scores(task.rank(model, 128))["nDCG@10"]
     assert found["MyTask"] == pytest.approx(np.mean(expected), abs=1e-5)
     x, y = (encode([f"classification: {text}" for text in side]) for side in (first, second))
     assert found["MyPairs"] == pytest.approx(spearman((x * y).sum(1), scores))
