@@ -15,13 +15,14 @@ The texts are the pairs of a data folder, each made unique by a number.
 """
 
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.files import fingerprint, load_tokenizer, read_json
 from common.options import InputError, cli, read_options
+from data import pairs, prepare
 from data.store import PairBatches, Source, pack
 
 
@@ -53,29 +55,20 @@ def write_rows(path, data, rows):
     return path
 
 
-# ------------------------------------------------------------------------------------------------
-# Each of these two runs in a new process
-
-
-def library_alone(send, file, data, threads):
-    """Sends tokens/s of encode_batch_fast on texts in memory."""
+def library_alone(file, data, threads):
+    """Tokens/s of encode_batch_fast on texts in memory."""
     os.environ |= {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
-    tokenizer = load_tokenizer(data)
-    rows = [json.loads(line) for line in open(file, encoding="utf-8")]
+    tokenizer, rows = load_tokenizer(data), map(json.loads, open(file, encoding="utf-8"))
     texts = [row[name] for row in rows for name in ("query", "document")]
     began, tokens = time.perf_counter(), 0
     for start in range(0, len(texts), 2000):
         tokens += sum(map(len, tokenizer.encode_batch_fast(texts[start : start + 2000])))
-    send.send(tokens / (time.perf_counter() - began))
+    return tokens / (time.perf_counter() - began)
 
 
-def prepared(send, file, data, processes, out):
-    """Sends tokens/s of data/pairs.py, and the peak memory of all its processes in MiB."""
-    os.environ |= {"RAYON_NUM_THREADS": "1", "HF_DATASETS_CACHE": f"{out}-cache"}
-    import datasets  # noqa: F401 (takes two seconds)
-
-    from data import pairs, prepare
-
+def prepared(file, data, processes, out):
+    """Tokens/s of data/pairs.py, and the peak memory of all its processes in MiB."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer, peak, done = load_tokenizer(data), [0], threading.Event()
     held_out = prepare.HeldOut(prepare.held_out_texts(Path(data).glob("retrieval/*")), tokenizer)
 
@@ -84,15 +77,14 @@ def prepared(send, file, data, processes, out):
             peak[0] = max(peak[0], memory_of(os.getpid()))
 
     threading.Thread(target=watch, daemon=True).start()
-    prefixes = {"query": "", "document": ""}
-    source = pairs.Pairs("bench", 2, prefixes, [str(file)], [("query", "document")])
-    began = time.perf_counter()
-    sys.stdout = open(os.devnull, "w")
-    rows = pairs.load(source.places, limit=0)
-    pairs.write_pairs(out, source, rows, tokenizer, held_out, [], processes)
+    source = pairs.Pairs("bench", 2, {"query": "", "document": ""}, [str(file)], [pairs.PUBLISHED])
+    began, job = time.perf_counter(), (tokenizer, held_out, set())
+    with ProcessPoolExecutor(processes, None, pairs.start_worker, job) as executor:
+        encoded = pairs.encode_all(source, pairs.read_rows(source, 0), executor, 2 * processes)
+        pairs.write_pairs(out, source, encoded, tokenizer)
     seconds = time.perf_counter() - began
     done.set()
-    send.send((sum(read_json(out / "meta.json")["tokens"].values()) / seconds, peak[0]))
+    return sum(read_json(out / "meta.json")["tokens"].values()) / seconds, peak[0]
 
 
 def memory_of(process):
@@ -107,61 +99,28 @@ def memory_of(process):
 
 
 def in_a_process(function, *arguments):
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=function, args=(send, *arguments))
-    process.start()
-    send.close()  # so that recv fails if the process does
-    result = receive.recv()
-    process.join()
-    return result
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        return executor.submit(function, *arguments).result()
 
 
-# ------------------------------------------------------------------------------------------------
-
-
-def measure_speed(options, folder):
-    file = write_rows(folder / "rows.jsonl", options.data, options.rows)
-    print(f"{'processes':>9}{'tokenizers alone':>20}{'data/pairs.py':>17}{'share':>8}")
-    for processes in (1, 2):
-        alone, ours = [], []
-        for i in range(options.rounds):
-            alone.append(in_a_process(library_alone, file, options.data, processes))
-            out = folder / f"speed-{processes}-{i}"
-            ours.append(in_a_process(prepared, file, options.data, processes, out)[0])
-        share = max(ours) / max(alone)
-        print(f"{processes:9}{max(alone):12,.0f} tokens/s{max(ours):9,.0f} tokens/s{share:7.0%}")
-
-
-def measure_memory(options, folder):
-    print(f"\n{'rows':>12}{'peak memory, 2 processes and the writer':>44}")
-    for rows in (10_000, options.large // 2, options.large):
-        file, out = write_rows(folder / f"{rows}.jsonl", options.data, rows), folder / f"out-{rows}"
-        _, memory = in_a_process(prepared, file, options.data, 2, out)
-        print(f"{rows:12,}{memory:40,.0f} MiB", flush=True)
-    return out
-
-
-def measure_opening(folder, tokenizer, length=64, times=201):
-    print(f"\n{'rows':>12}{'opened':>14}{'first text':>14}")
-    for rows in (1_000, 10_000_000):
-        where = folder / f"open-{rows}"
-        where.mkdir()
-        for name in ("query", "document"):
-            np.arange(0, (rows + 1) * length, length).tofile(where / f"{name}.offsets.bin")
-            with open(where / f"{name}.tokens.bin", "wb") as file:
-                file.truncate(rows * length * 2)
-        meta = {"rows": rows, "tokens": dict.fromkeys(("query", "document"), rows * length)}
-        meta |= {"prefixes": {}, "dtype": "uint16", "tokenizer": fingerprint(tokenizer)}
-        (where / "meta.json").write_text(json.dumps(meta))
-        opened, read = [], []
-        for i in range(times):
-            began = time.perf_counter()
-            source = Source(where, tokenizer)
-            opened.append(time.perf_counter() - began)
-            source.columns["document"][rows * i // times].sum()
-            read.append(time.perf_counter() - began - opened[-1])
-        print(f"{rows:12,}{np.median(opened) * 1e3:11.2f} ms{np.median(read) * 1e3:11.2f} ms")
+def measure_opening(folder, tokenizer, rows, length=64, times=201):
+    """Milliseconds to open a source, and to read one of its texts."""
+    folder.mkdir()
+    for name in ("query", "document"):
+        np.arange(0, (rows + 1) * length, length).tofile(folder / f"{name}.offsets.bin")
+        with open(folder / f"{name}.tokens.bin", "wb") as file:
+            file.truncate(rows * length * 2)
+    meta = {"rows": rows, "tokens": dict.fromkeys(("query", "document"), rows * length)}
+    meta |= {"prefixes": {}, "dtype": "uint16", "tokenizer": fingerprint(tokenizer)}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    seconds = np.zeros((times, 3))
+    for i in range(times):
+        seconds[i, 0] = time.perf_counter()
+        source = Source(folder, tokenizer)
+        seconds[i, 1] = time.perf_counter()
+        source.columns["document"][rows * i // times].sum()
+        seconds[i, 2] = time.perf_counter()
+    return np.median(np.diff(seconds), axis=0) * 1e3
 
 
 def measure_batches(source):
@@ -175,16 +134,36 @@ def measure_batches(source):
     print(f"\nrandom batches of {size:,} of {len(source):,} rows: {rate:,.0f} tokens/s")
 
 
+def measure(options, folder):
+    file = write_rows(folder / "rows.jsonl", options.data, options.rows)
+    print(f"{'processes':>9}{'tokenizers alone':>20}{'data/pairs.py':>17}{'share':>8}")
+    for processes in (1, 2):
+        alone, ours = [], []
+        for i in range(options.rounds):
+            alone.append(in_a_process(library_alone, file, options.data, processes))
+            out = folder / f"speed-{processes}-{i}"
+            ours.append(in_a_process(prepared, file, options.data, processes, out)[0])
+        share = max(ours) / max(alone)
+        print(f"{processes:9}{max(alone):12,.0f} tokens/s{max(ours):9,.0f} tokens/s{share:7.0%}")
+    print(f"\n{'rows':>12}{'peak memory, 2 processes and the writer':>44}")
+    for rows in (10_000, options.large // 2, options.large):
+        file, out = write_rows(folder / f"{rows}.jsonl", options.data, rows), folder / f"out-{rows}"
+        _, memory = in_a_process(prepared, file, options.data, 2, out)
+        print(f"{rows:12,}{memory:40,.0f} MiB", flush=True)
+    tokenizer = load_tokenizer(options.data)
+    print(f"\n{'rows':>12}{'opened':>14}{'first text':>14}")
+    for rows in (1_000, 10_000_000):
+        opened, read = measure_opening(folder / f"open-{rows}", tokenizer, rows)
+        print(f"{rows:12,}{opened:11.2f} ms{read:11.2f} ms")
+    measure_batches(Source(out, tokenizer))
+
+
 def main(arguments):
     options, _ = read_options(Options, arguments)
     if not list(Path(options.data).glob("stage*/*/pairs.jsonl")):
         raise InputError(f"{options.data} has no pairs: python data/pydocs.py makes out/pydocs")
-    tokenizer = load_tokenizer(options.data)
     with tempfile.TemporaryDirectory() as folder:
-        measure_speed(options, Path(folder))
-        large = measure_memory(options, Path(folder))
-        measure_opening(Path(folder), tokenizer)
-        measure_batches(Source(large, tokenizer))
+        measure(options, Path(folder))
 
 
 if __name__ == "__main__":

@@ -219,9 +219,9 @@ def make_data(sources, out, size):
         weak = [f"{sources}/pairs/{name}.jsonl.gz" for name in ("medquad", "stackexchange", "tldr")]
         weak.append(f"{sources}/pairs/arxiv.jsonl.gz:clustering")
         weak.append(f"{raw}/wikipedia.jsonl:classification")
-        pairs.main([*weak, f"--text={raw}/text.jsonl", f"--vocab-size={VOCABULARY[size]}", *common])
-        supervised = [f"{raw}/medquad-topics.jsonl", f"{sources}/pairs/questions_wiki.jsonl.gz"]
-        pairs.main([*supervised, "--stage=3", *common])
+        supervised = f"{raw}/medquad-topics.jsonl,{sources}/pairs/questions_wiki.jsonl.gz"
+        stages = [f"--stage3={supervised}", f"--text={raw}/text.jsonl"]
+        pairs.main([*weak, *stages, f"--vocab-size={VOCABULARY[size]}", *common])
         before = raw / "pairs"
         for name in ("peps", "swift-evolution"):
             with tarfile.open(sources / f"folders/{name}.tar.gz") as archive:

@@ -12,14 +12,11 @@ its query, among up to a million documents of the same source. So
     python data/filter.py out/pydocs --sources=name-code --out=out/cleaner    # one source
     python contrastive.py --data=out/pydocs-filtered --init=out/mlm           # trains on the result
 
-The rank decides, not the cosine: the paper gave up a threshold. The judge cannot know more than it
-does: the paper's first one, smaller, removed good pairs whose two sides share few words. So some of
-the removed pairs are printed. Equal documents count as one: otherwise a document of ten rows would
-push itself out of the first two.
+The rank decides, not the cosine: the paper gave up a threshold. The paper's first judge, smaller,
+removed good pairs whose two sides share few words. So some of the removed pairs are printed. Equal
+documents count as one: otherwise a document of ten rows would push itself out of the first two.
 
 The judge reads the text of pairs.jsonl, because its tokenizer may be another than that of the data.
-Sources that stay whole are hard-linked, or copied where the file system has no links.
-
 In memory are the embeddings of one block: three arrays of a million by C float32, 9 GB at C = 768.
 A smaller --block needs less, and removes less.
 """
@@ -39,9 +36,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import find_checkpoint
 from common.device import best_device
-from common.files import fingerprint, load_tokenizer, read_json, read_lines, write_json
+from common.files import fingerprint, load_tokenizer, read_json, read_lines, write_json, write_whole
 from common.options import InputError, cli, read_options, split_words
-from data.prepare import SourceWriter, data_folder, stored_rows
+from data.prepare import data_folder, write_source
 from data.store import Source
 from evaluate import distinct, top_k
 from model import NomicBert
@@ -124,21 +121,14 @@ def read_pairs(path, rows):
         raise InputError(f"{path} has {number:,} lines, but its source has {rows:,} rows")
 
 
-def link(source, target):
-    """A hard link, or a copy where there can be none."""
+def link_or_copy(source, target):
+    """Links the large files, which are never changed in place. Not all file systems have links."""
     try:
-        os.link(source, target)
+        if source.endswith((".bin", "pairs.jsonl")):
+            return os.link(source, target)
     except OSError:
-        shutil.copy2(source, target)
-
-
-def write_kept(old, folder, kept, tokenizer):
-    """Writes the rows of a source that stay: the same tokens, the same lines of text."""
-    writer, start = SourceWriter(folder, Source(old, tokenizer).meta["prefixes"], tokenizer), 0
-    for columns, lines, negatives in stored_rows(old, tokenizer):
-        writer.append(columns, lines, negatives, kept[start : start + len(lines)])
-        start += len(lines)
-    writer.finish()
+        pass
+    write_whole(target, lambda temporary: shutil.copy2(source, temporary))
 
 
 def show_removed(path, kept, nearest, count):
@@ -160,31 +150,28 @@ def filter_folder(data, out, names, model, options):
     meta |= {"made_by": "nanoembed", "script": "data/filter.py", "filtered": {}}
     meta["inputs"] = {**meta.get("inputs", {}), "filtered": how}
     with data_folder(out) as folder:
-
-        def skip(path, found):
-            return names if Path(path) == data / "stage2" else ()
-
-        for place in [path for path in data.iterdir() if path.name != "meta.json"]:
-            if place.is_dir():
-                copy = link if place.name.startswith("stage") else shutil.copy2
-                shutil.copytree(place, folder / place.name, ignore=skip, copy_function=copy)
-            else:
-                shutil.copy2(place, folder / place.name)
+        skipped = {str(data): ["meta.json"], str(data / "stage2"): names}
+        shutil.copytree(
+            data,
+            folder,
+            ignore=lambda path, _: skipped.get(str(path), ()),
+            copy_function=link_or_copy,
+            dirs_exist_ok=True,
+        )
         for name in names:
             old, began = data / "stage2" / name, time.perf_counter()
             source = Source(old, tokenizer)
             path, prefixes = old / "pairs.jsonl", source.meta["prefixes"]
             kept, nearest = judge_source(model, path, len(source), prefixes, options)
-            count, seconds = int(kept.sum()), time.perf_counter() - began
-            print(
-                f"{name}: kept {count:,} of {len(kept):,} pairs ({count / len(kept):.1%}), "
-                f"{len(kept) / seconds:,.0f} pairs/s"
-            )
+            count, rate = int(kept.sum()), len(kept) / (time.perf_counter() - began)
+            share = f"{count:,} of {len(kept):,} pairs ({count / len(kept):.1%})"
+            print(f"{name}: kept {share}, {rate:,.0f} pairs/s")
             show_removed(path, kept, nearest, options.show)
             meta["filtered"][name] = {"rows": len(kept), "kept": count}
             meta.setdefault("rows", {})[f"stage2/{name}"] = count
             if count:
-                write_kept(old, folder / "stage2" / name, kept, tokenizer)
+                new = folder / "stage2" / name
+                write_source(new, {}, prefixes, tokenizer, stored=[old], keep=kept)
         if not any(folder.glob("stage2/*/meta.json")):
             raise InputError(f"the judge {options.judge} keeps no pair of stage 2")
         write_json(folder / "meta.json", meta)

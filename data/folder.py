@@ -1,16 +1,14 @@
 """A folder of notes -> a data folder: Markdown, reStructuredText or plain text becomes pairs.
 
-Whoever wrote the notes also wrote what belongs together: a title and its text, headings and the
-section below them. That is weak supervision of the kind that the paper takes from the web
-(sec. 4.2), and it is enough to adapt a model to the vocabulary of a field:
+A title and its text, headings and the section below them belong together: weak supervision of the
+kind that the paper takes from the web (sec. 4.2), enough to adapt a model to a field's vocabulary.
 
     stage 1, text          every file, without markup (data/markup.py)
     stage 2, weak pairs    title -> document, headings -> section, first paragraph -> the rest
-    stage 3, supervised    headings -> section again. Notes contain no questions with answers; a
-                           heading is the nearest to one that a person wrote. What stage 3 adds are
-                           hard negatives: other sections of the same text
-    held out               whole files, chosen by a hash of their names: dev to tune on, test to
-                           report. The task is headings -> section, among the sections of all files
+    stage 3, supervised    headings -> section again: a heading is the nearest to a question that
+                           notes have. Stage 3 adds hard negatives, such as sections beside it
+    held out               whole files, by a hash of their names: dev to tune on, test to report.
+                           The task is headings -> section, among the sections of all files
 
     python data/folder.py docs                     # writes out/docs
     python data/folder.py docs --show=20           # prints sampled pairs, for a person to judge
@@ -32,22 +30,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.files import fingerprint, load_tokenizer
 from common.options import InputError, cli, read_options, split_words
+from data import prepare
 from data.markup import read_markup
-from data.prepare import (
-    LONG,
-    LONGEST,
-    SEARCH,
-    NearDuplicates,
-    common_tokenizer,
-    data_folder,
-    show_pairs,
-    split_of,
-    train_tokenizer,
-    word_hashes,
-    words,
-    write_folder,
-)
+from data.prepare import LONGEST, SEARCH, NearDuplicates, words
 
 SUFFIXES = (".md", ".markdown", ".rst", ".txt")
 PREFIXES = {  # in the order in which they are chosen as the task
@@ -129,7 +116,7 @@ def read_folder(folder):
     documents = [document for document in documents if document.name not in left_out]
     if not documents:
         raise InputError(f"{folder} has no text: no file of {', '.join(SUFFIXES)} has ten words")
-    new = NearDuplicates(share=0.8).add(*word_hashes([document.text for document in documents]))
+    new = NearDuplicates(share=0.8).add_new([document.text for document in documents])
     copies = itertools.compress(documents, ~new)
     left_out |= {document.name: "copy of another file" for document in copies}
     return list(itertools.compress(documents, new)), left_out
@@ -176,8 +163,8 @@ def choose_task(documents):
 def split_files(documents, asked):
     """name -> train, dev or test. Where a split has none of the files `asked`, the one with the
     smallest hash is moved there."""
-    splits = {document.name: split_of(document.name) for document in documents}
-    by_hash = sorted(asked, key=lambda name: split_of(name, 50, 50) + name)
+    splits = {document.name: prepare.split_of(document.name) for document in documents}
+    by_hash = sorted(asked, key=lambda name: prepare.split_of(name, 50, 50) + name)
     for split in ("dev", "test", "train"):
         count = Counter(splits[name] for name in asked)
         if not count[split]:
@@ -197,12 +184,11 @@ def assemble(documents, splits, task):
             found[source].append((document.name, query, text))
     pairs, corpus, queries, asked = {}, {}, {"dev": [], "test": []}, set()
     for source, rows in found.items():
-        new = NearDuplicates().add(*word_hashes([text for _, _, text in rows]))
+        new = NearDuplicates().add_new([text for _, _, text in rows])
         found[source] = list(itertools.compress(rows, new))
-        for stage in (2, 3) if source == task else (2,):
-            pairs[f"stage{stage}/{source}"] = [
-                (query, text) for name, query, text in found[source] if splits[name] == "train"
-            ]
+        training = [(query, text) for name, query, text in found[source] if splits[name] == "train"]
+        pairs[f"stage2/{source}"] = training
+    pairs[f"stage3/{task}"] = pairs[f"stage2/{task}"]
     for file, query, text in found[task]:
         name = f"{file}#{len(corpus)}"
         corpus[name] = text
@@ -216,7 +202,7 @@ def long_documents(documents, splits, others=100, questions=4):
     """Held-out files that are long, with queries that each ask for one section of a file.
 
     Returns (their texts, pool: name -> text, queries: (headings, [name]))."""
-    long = [document for document in documents if len(words(document.text)) >= LONG]
+    long = [document for document in documents if len(words(document.text)) >= prepare.LONG]
     held_out = {d.name: d.text for d in long if splits[d.name] != "train"}
     queries = []
     for document in long:
@@ -232,38 +218,36 @@ def long_documents(documents, splits, others=100, questions=4):
 # ------------------------------------------------------------------------------------------------
 
 
-def prepare(folder, options):
-    """Writes the data folder, and returns its path."""
-    began, out = time.time(), Path(options.out or Path("out", Path(folder).resolve().name))
+def main(arguments):
+    folders, arguments = split_words(arguments)
+    options, _ = read_options(Options, arguments)
+    if len(folders) != 1:
+        raise InputError(f"{len(folders)} folders given: python data/folder.py PATH")
+    began, folder = time.time(), folders[0]
+    out = Path(options.out or Path("out", Path(folder).resolve().name))
     added = [Path(name) for name in options.add.split(",") if name]
-    with data_folder(out) as new:
-        tokenizer = common_tokenizer(options.tokenizer, added)
+    given = [load_tokenizer(path) for path in (options.tokenizer, *added) if path]
+    if len(set(map(fingerprint, given))) > 1:
+        raise InputError("--tokenizer and --add have different tokenizers: their token ids differ")
+    with prepare.data_folder(out) as new:
         documents, left_out = read_folder(folder)
         for name, reason in list(left_out.items())[:5]:
             print(f"  {name}: {reason}")
         task, asked = choose_task(documents)
         splits = split_files(documents, asked)
         texts, pairs, corpus, queries = assemble(documents, splits, task)
-        if not tokenizer:
-            tokenizer = train_tokenizer([text for _, text in texts["train"]], options.vocab_size)
+        training = [text for _, text in texts["train"]]
+        tokenizer = given[0] if given else prepare.train_tokenizer(training, options.vocab_size)
         long, tasks = long_documents(documents, splits), {task: (corpus, queries)}
-        meta = {"inputs": {"script": "data/folder.py", "folder": str(folder), **asdict(options)}}
+        meta = {"inputs": {"script": "data/folder.py", "folder": folder, **asdict(options)}}
         meta["files"] = {"read": len(documents), **Counter(left_out.values())}
         print(f"  files: {', '.join(f'{n:,} {what}' for what, n in meta['files'].items())}")
-        held_out = options.held_out
-        write_folder(new, tokenizer, PREFIXES, texts, pairs, tasks, long, meta, held_out, added)
+        prepare.write_folder(
+            new, tokenizer, PREFIXES, texts, pairs, tasks, long, meta, options.held_out, added
+        )
     print(f"wrote {out} in {time.time() - began:.0f} s")
-    return out
-
-
-def main(arguments):
-    folders, arguments = split_words(arguments)
-    options, _ = read_options(Options, arguments)
-    if len(folders) != 1:
-        raise InputError(f"{len(folders)} folders given: python data/folder.py PATH")
-    out = prepare(folders[0], options)
     if options.show:
-        show_pairs(out, options.show)
+        prepare.show_pairs(out, options.show)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
     title, sections = read_markup(text, ".rst")
     # "Type Hints", [(("Rationale and Goals", "Non-goals"), "While the proposed typing ..."), ...]
 
-Kept is what a person would read aloud. Front matter, link targets, footnotes, metadata and
-boilerplate sections are left out. Of code between the prose the first lines are kept: people search
-for the names in it.
+Kept is what a person would read aloud. Front matter, link targets, footnotes and boilerplate
+sections are left out. Of code the first lines are kept: people search for the names in it.
 """
 
 import html
@@ -25,12 +24,8 @@ BOILERPLATE = re.compile(
     r"change ?log|(change|revision|version) history|bibliography|links|authors?|contributors?)\W*",
     re.I,
 )
-METADATA = re.compile(  # list items at the top of a proposal
-    r"- (proposal|authors?|review managers?|status|implementations?|bugs?|reviews?|decision notes|"
-    r"previous (revision|proposal)s?|upcoming feature flag):",
-    re.I,
-)
 URL = re.compile(r"https?://[^\s)>]+")
+FOOTNOTE = re.compile(r"\[\^[^\]]+\]:")
 
 
 def read_markup(text, suffix):
@@ -132,12 +127,7 @@ def markdown(text):
     for node in SyntaxTreeNode(parser.parse(text)).children:
         if node.type == "heading":
             parts.append((int(node.tag[1]), " ".join(text_of(node).split()), []))
-        elif node.type == "bullet_list" and len(parts) <= 2:
-            items = map(text_of, node.children)
-            parts[-1][2].append("\n".join(item for item in items if not METADATA.match(item)))
-        elif not (
-            node.type == "paragraph" and re.match(r"\[\^[^\]]+\]:", node.children[0].content)
-        ):
+        elif node.type != "paragraph" or not FOOTNOTE.match(node.children[0].content):
             parts[-1][2].append(text_of(node).strip("\n"))
     return title, parts
 
@@ -160,11 +150,7 @@ def front_matter(text):
 SETTINGS = {"report_level": 5, "halt_level": 5, "warning_stream": False, "_disable_config": True}
 SETTINGS |= {"file_insertion_enabled": False, "raw_enabled": False, "syntax_highlight": "none"}
 SETTINGS |= {"doctitle_xform": False, "docinfo_xform": False, "line_length_limit": 10**9}
-SAID = {
-    "versionadded": "Added in",
-    "versionchanged": "Changed in",
-    "deprecated": "Deprecated since",
-}
+SAID = {"versionadded": "Added in", "versionchanged": "Changed in", "deprecated": "Deprecated in"}
 CODE = {"code", "code-block", "sourcecode", "prompt", "testcode", "doctest", "ipython"}
 SILENT = {"toctree", "index", "literalinclude", "currentmodule", "highlight"}
 

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import tempfile
+from array import array
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from common.files import fingerprint, load_tokenizer, read_json, write_json, write_whole
+from common.files import fingerprint, read_json, write_json, write_whole
 from common.options import InputError
 from data.store import Source
 from data.tasks import PREFIXES, read_judgements, read_texts, splits_of, write_jsonl, write_task
@@ -51,10 +52,9 @@ def train_tokenizer(texts, vocab_size):
     """A WordPiece tokenizer like that of bert-base-uncased: lower case, no accents, [CLS] text
     [SEP]. Equal texts give an equal tokenizer.
 
-    The library's trainer alone does not promise that: it numbers the continuation pieces ("##a") in
-    the order in which its threads find them, and breaks ties between merges by these numbers. So
-    the pieces of one character are passed as special tokens, which get their numbers first, and the
-    resulting vocabulary is given to a new tokenizer, where they are ordinary pieces again."""
+    The library's trainer alone does not promise that: it numbers continuation pieces ("##a") in the
+    order in which its threads find them, and breaks ties by number. So those of one character are
+    passed as special tokens, which are numbered first. A second tokenizer gets the vocabulary."""
     tokenizer = Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -87,96 +87,47 @@ def train_tokenizer(texts, vocab_size):
 # ------------------------------------------------------------------------------------------------
 # Near duplicates
 
-HASH_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
-BITMAP_BITS = 26  # the bitmap has 2^26 bits, 8 MiB
-
-
-def span_hashes(numbers, starts, ends):
-    """A 64-bit hash of numbers[start:end] for each start and end: the polynomial sum of
-    numbers[i] * base^(i - start) modulo 2^64, as a difference of prefix sums."""
-    steps = np.full((2, len(numbers) + 1), [[HASH_BASE], [pow(HASH_BASE, -1, 2**64)]], np.uint64)
-    steps[:, 0] = 1
-    powers, inverse_powers = np.multiply.accumulate(steps, axis=1)
-    sums = np.zeros(len(numbers) + 1, np.uint64)
-    np.cumsum((numbers.astype(np.uint64) + np.uint64(1)) * powers[:-1], out=sums[1:])
-    hashes = (sums[ends] - sums[starts]) * inverse_powers[starts]
-    hashes = (hashes ^ hashes >> np.uint64(31)) * np.uint64(0xBF58476D1CE4E5B9)
-    return hashes ^ hashes >> np.uint64(29)
-
-
-def word_hashes(texts):
-    """Texts as NearDuplicates takes them: the hashes of all words (N,), and their number in each
-    text (B,)."""
-    found = [words(text) for text in texts]
-    numbers = np.fromiter(map(hash, itertools.chain.from_iterable(found)), np.int64)
-    return numbers, np.array([len(text) for text in found], np.int64)
-
 
 class NearDuplicates:
     """Remembers texts, and finds those that are nearly equal to a remembered one.
 
-    A text is an array of whole numbers: hashes of words, or token ids. Two texts are near
-    duplicates if they share at least `share` of the runs (`run` consecutive numbers) of the one
-    that has fewer, and at least `least` runs. A text shorter than a run counts as one run."""
+    A text is a list of words or token ids. Two texts are near duplicates if they share at least
+    `share` of the runs (`run` consecutive words) of the one that has fewer, and at least `least`
+    runs. A text shorter than a run is one run."""
 
-    def __init__(self, run=5, share=0.4, least=1, shortest=1):
-        """shortest: how many numbers a text must have to be called equal to another."""
-        self.run, self.share, self.least, self.shortest = run, share, least, shortest
+    def __init__(self, run=5, share=0.4, least=1):
+        self.run, self.share, self.least = run, share, least
         self.first = {}  # hash of a run -> number of the first text that has it
         self.sizes = []  # number of a text -> how many different runs it has
-        self.texts = set()  # hashes of whole texts
-        self.bitmap = np.zeros(1 << BITMAP_BITS - 3, np.uint8)  # for most runs, it says "unknown"
 
-    def hashes(self, numbers, lengths):
-        """numbers (N,) of B texts, lengths (B,) -> hashes of all runs, where each text's runs end
-        (B + 1,), and hashes of whole texts (B,), 0 where a text is too short."""
-        ends = np.cumsum(lengths)
-        runs = np.maximum(lengths - self.run + 1, 1)
-        run_ends = np.concatenate([[0], np.cumsum(runs)])
-        starts = np.repeat(ends - lengths - run_ends[:-1], runs) + np.arange(run_ends[-1])
-        stops = np.minimum(starts + self.run, np.repeat(ends, runs))
-        whole = np.where(lengths >= self.shortest, span_hashes(numbers, ends - lengths, ends), 0)
-        return span_hashes(numbers, starts, stops), run_ends, whole
+    def runs(self, text):
+        """The hashes of all runs of a text."""
+        shifted = (text[i:] for i in range(max(1, min(self.run, len(text)))))
+        return set(map(hash, zip(*shifted, strict=False)))
 
-    def bits(self, hashes):
-        """Where each hash stands in the bitmap: the byte, and the bit in it."""
-        places = (hashes >> np.uint64(64 - BITMAP_BITS)).astype(np.int64)
-        return places >> 3, np.uint8(1) << (places & 7).astype(np.uint8)
-
-    def add(self, numbers, lengths, keep_all=False):
-        """Remembers the texts of a batch in order, without near duplicates of earlier ones unless
-        keep_all. Returns which were remembered: bool (B,)."""
-        hashes, ends, whole = self.hashes(numbers, lengths)
-        new = np.zeros(len(lengths), bool)
-        for i in range(len(lengths)):
-            runs = set(hashes[ends[i] : ends[i + 1]].tolist())
-            new[i] = keep_all or not self.has_near(runs)
-            if new[i]:
-                for run in runs:
-                    self.first.setdefault(run, len(self.sizes))
-                self.sizes.append(len(runs))
-        self.texts.update(whole[new & (whole != 0)].tolist())
-        np.bitwise_or.at(self.bitmap, *self.bits(hashes[np.repeat(new, np.diff(ends))]))
-        return new
-
-    def has_near(self, runs):
-        """Whether a text with this set of runs is a near duplicate of a remembered one."""
-        shared = Counter(self.first[run] for run in runs if run in self.first)
+    def has_near(self, text):
+        """Whether a text is a near duplicate of a remembered one."""
+        runs = self.runs(text)
+        shared = Counter(self.first[run] for run in self.first.keys() & runs)
         return any(
             count >= max(self.least, self.share * min(len(runs), self.sizes[other]))
             for other, count in shared.items()
         )
 
-    def find(self, numbers, lengths):
-        """For each text of a batch: 2 if it is equal to a remembered one, 1 if nearly, else 0."""
-        hashes, ends, whole = self.hashes(numbers, lengths)
-        places, bits = self.bits(hashes)
-        known = np.add.reduceat(self.bitmap[places] & bits > 0, ends[:-1]) if len(lengths) else []
-        found = np.zeros(len(lengths), np.int8)
-        for i in np.flatnonzero(np.asarray(known) >= self.least):
-            found[i] = self.has_near(set(hashes[ends[i] : ends[i + 1]].tolist()))
-        found[[text in self.texts for text in whole.tolist()]] = 2
-        return found
+    def add(self, text):
+        runs = self.runs(text)
+        for run in runs:
+            self.first.setdefault(run, len(self.sizes))
+        self.sizes.append(len(runs))
+
+    def add_new(self, texts):
+        """Remembers texts in order, without near duplicates. Returns which are new: bool (B,)."""
+        new = np.zeros(len(texts), bool)
+        for i, text in enumerate(map(words, texts)):
+            new[i] = not self.has_near(text)
+            if new[i]:
+                self.add(text)
+        return new
 
 
 class HeldOut(NearDuplicates):
@@ -187,23 +138,50 @@ class HeldOut(NearDuplicates):
     script that the tokenizer cannot read would be equal."""
 
     def __init__(self, texts, tokenizer):
-        super().__init__(run=8, share=0.5, least=8, shortest=3)
+        super().__init__(run=8, share=0.5, least=8)
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         self.is_word = np.zeros(max(vocabulary.values()) + 1, bool)
         for token, number in vocabulary.items():
             self.is_word[number] = token not in {"[UNK]", *special} and any(map(str.isalnum, token))
-        self.add(*self.words(*encode(tokenizer, texts)), keep_all=True)
+        self.texts = set()  # hashes of texts of at least 3 words
+        ids, ends = self.words(*encode(tokenizer, texts))
+        for start, end in itertools.pairwise(ends):
+            text = tuple(ids[start:end].tolist())
+            self.add(text)
+            if len(text) >= 3:
+                self.texts.add(hash(text))
+        self.known = np.zeros(1 << 24, bool)
+        self.known[self.codes(ids)] = True
 
     def words(self, ids, lengths):
+        """The words of a column (N,), and where each text begins and the last ends (B + 1,)."""
         kept = self.is_word[ids]
-        counts = np.concatenate([[0], np.cumsum(kept)])
-        ends = np.cumsum(lengths)
-        return ids[kept], counts[ends] - counts[ends - lengths]
+        ends = np.cumsum([0, *lengths])
+        return ids[kept], np.concatenate([[0], np.cumsum(kept)])[ends]
+
+    def codes(self, ids):
+        """24 bits for each run of 8 words. Nearly all runs of other texts are not `known`: they are
+        passed over without Python's loops. (The last 7 wrap around.)"""
+        codes = ids.astype(np.uint64)
+        for shift in (1, 2, 4):
+            codes = (codes * np.uint64(0x9E3779B97F4A7C15)) ^ np.roll(codes, -shift)
+        return codes >> np.uint64(40)
+
+    def find(self, ids, lengths):
+        """For each text of a column 2 if it equals a held-out one, 1 if nearly, else 0."""
+        ids, ends = self.words(ids, lengths)
+        known = np.concatenate([[0], np.cumsum(self.known[self.codes(ids)])])
+        known = known[np.maximum(ends[1:] - 7, ends[:-1])] - known[ends[:-1]]  # of each text
+        found = np.zeros(len(lengths), np.int8)
+        for i in np.flatnonzero((known >= self.least) | (np.diff(ends) < 15)):
+            text = tuple(ids[ends[i] : ends[i + 1]].tolist())
+            found[i] = 2 if hash(text) in self.texts else self.has_near(text)
+        return found
 
     def find_rows(self, columns, negatives=None):
         """For each row the largest `find` of its texts: 0, 1 or 2. As for SourceWriter.append."""
-        found = {name: self.find(*self.words(*column)) for name, column in columns.items()}
+        found = {name: self.find(*column) for name, column in columns.items()}
         rows = np.max([found[name] for name in found if name != "negative"], axis=0)
         if "negative" in found:
             np.maximum.at(rows, np.repeat(np.arange(len(rows)), negatives), found["negative"])
@@ -246,6 +224,12 @@ def encode(tokenizer, texts):
     return flat, np.array([len(text) for text in ids], np.int64)
 
 
+def split_texts(ids, lengths):
+    """The texts of a column, as tuples."""
+    ids, ends = ids.tolist(), np.cumsum([0, *lengths]).tolist()
+    return [tuple(ids[start:end]) for start, end in itertools.pairwise(ends)]
+
+
 def json_line(row):
     return json.dumps(row, ensure_ascii=False) + "\n"
 
@@ -258,7 +242,7 @@ class SourceWriter:
         HeldOut; `left_out` counts the rows that repeat its text."""
         self.folder, self.tokenizer, self.held_out = Path(folder), tokenizer, held_out
         self.prefixes = {name: prefixes[name] for name in prefixes if name != "negative"}
-        self.rows, self.texts, self.tokens, self.left_out = 0, {}, {}, Counter()
+        self.rows, self.negatives, self.tokens, self.left_out = 0, 0, {}, Counter()
         self.folder.mkdir(parents=True)
         for name in self.prefixes or ["document"]:
             self.append_texts(name, np.empty(0), np.empty(0, np.int64))
@@ -269,13 +253,12 @@ class SourceWriter:
 
     def append_texts(self, name, ids, lengths):
         if name not in self.tokens:
-            self.texts[name] = self.tokens[name] = 0
+            self.tokens[name] = 0
             self.write(f"{name}.offsets.bin", np.zeros(1, np.int64))
             if name == "negative":
                 self.write("negative.rows.bin", np.zeros(self.rows + 1, np.int64))
         self.write(f"{name}.tokens.bin", ids.astype(id_type(self.tokenizer), copy=False))
         self.write(f"{name}.offsets.bin", self.tokens[name] + np.cumsum(lengths))
-        self.texts[name] += len(lengths)
         self.tokens[name] += int(lengths.sum())
 
     def append(self, columns, lines=(), negatives=None, keep=None):
@@ -283,19 +266,20 @@ class SourceWriter:
         negatives (n,): how many texts of the column "negative" belong to each row; keep (n,): which
         rows to write; all by default. Rows that repeat held-out text are left out."""
         rows = len(columns["document"][1])
+        columns = columns if self.prefixes else {"document": columns["document"]}
         keep = np.ones(rows, bool) if keep is None else keep
         negatives = np.zeros(rows, np.int64) if negatives is None else negatives
         if self.held_out:
             found = self.held_out.find_rows(columns, negatives)
             self.left_out.update(REASONS[i] for i in found[keep & (found > 0)])
             keep = keep & (found == 0)
-        before = self.texts.get("negative", 0)
         for name, (ids, lengths) in columns.items():
             kept = np.repeat(keep, negatives) if name == "negative" else keep
             if name in self.tokens or kept.any():  # most sources have no negatives
                 self.append_texts(name, ids[np.repeat(kept, lengths)], lengths[kept])
         if "negative" in self.tokens:
-            self.write("negative.rows.bin", before + np.cumsum(negatives[keep]))
+            self.write("negative.rows.bin", self.negatives + np.cumsum(negatives[keep]))
+            self.negatives += int(negatives[keep].sum())
         if self.prefixes:
             self.write("pairs.jsonl", "".join(itertools.compress(lines, keep)).encode())
         self.rows += int(keep.sum())
@@ -312,34 +296,51 @@ class SourceWriter:
         return self.rows, self.left_out
 
 
-def write_source(folder, columns, prefixes, tokenizer, held_out=None, stored=()):
+def write_source(folder, columns, prefixes, tokenizer, held_out=None, stored=(), keep=None):
     """Writes texts, and after them the rows of stored sources, as a source. columns: name -> texts,
-    as many in each; stored: folders of sources. Returns as SourceWriter.finish."""
-    writer = SourceWriter(folder, prefixes, tokenizer, held_out)
-    for start in range(0, len(columns["document"]), BATCH):
-        part = {name: texts[start : start + BATCH] for name, texts in columns.items()}
+    as many in each; stored: folders of sources; keep (n,): which rows of these to write; all by
+    default. Returns as SourceWriter.finish."""
+    writer, start = SourceWriter(folder, prefixes, tokenizer, held_out), 0
+    for begin in range(0, len(columns.get("document", ())), BATCH):
+        part = {name: texts[begin : begin + BATCH] for name, texts in columns.items()}
         rows = (dict(zip(part, row, strict=True)) for row in zip(*part.values(), strict=True))
         encoded = {name: encode(tokenizer, texts) for name, texts in part.items()}
         writer.append(encoded, list(map(json_line, rows)))
-    for batch in itertools.chain.from_iterable(stored_rows(path, tokenizer) for path in stored):
-        writer.append(*batch)
+    for columns, lines, negatives in stored_rows(stored, tokenizer):
+        rows = slice(start, start + len(columns["document"][1]))
+        writer.append(columns, lines, negatives, None if keep is None else keep[rows])
+        start = rows.stop
     return writer.finish()
 
 
-def stored_rows(folder, tokenizer):
-    """The rows of a source on disk in batches, as SourceWriter.append takes them."""
-    source, path = Source(folder, tokenizer), Path(folder, "pairs.jsonl")
-    lines = open(path, encoding="utf-8") if path.is_file() else iter(())
-    for start in range(0, len(source), BATCH):
-        end, columns, negatives = min(start + BATCH, len(source)), {}, None
-        for name, column in source.columns.items():
-            first, last = start, end
-            if name == "negative":
-                first, last = (int(source.first_negative[row]) for row in (start, end))
-                negatives = np.diff(source.first_negative[start : end + 1])
-            offsets = column.offsets[first : last + 1]
-            columns[name] = column.tokens[offsets[0] : offsets[-1]], np.diff(offsets)
-        yield columns, list(itertools.islice(lines, end - start)), negatives
+def write_distinct(folder, stored, prefixes, tokenizer):
+    """Writes the rows of stored sources that equal none before, or their documents where prefixes
+    is {}. Returns how many were written and left out."""
+    names, keys = list(prefixes) or ["document"], array("q")  # 8 bytes for each row
+    for columns, _, _ in stored_rows(stored, tokenizer):
+        texts = (split_texts(*columns[name]) for name in names)
+        keys.extend(map(hash, zip(*texts, strict=True)))
+    keep = np.zeros(len(keys), bool)
+    keep[np.unique(keys, return_index=True)[1]] = True
+    rows, _ = write_source(folder, {}, prefixes, tokenizer, stored=stored, keep=keep)
+    return rows, len(keys) - rows
+
+
+def stored_rows(folders, tokenizer):
+    """The rows of sources on disk in batches, as SourceWriter.append takes them."""
+    for folder in map(Path, folders):
+        source, path = Source(folder, tokenizer), folder / "pairs.jsonl"
+        lines = open(path, encoding="utf-8") if path.is_file() else iter(())
+        for start in range(0, len(source), BATCH):
+            end, columns, negatives = min(start + BATCH, len(source)), {}, None
+            for name, column in source.columns.items():
+                first, last = start, end
+                if name == "negative":
+                    first, last = source.first_negative[[start, end]]
+                    negatives = np.diff(source.first_negative[start : end + 1])
+                offsets = column.offsets[first : last + 1]
+                columns[name] = column.tokens[offsets[0] : offsets[-1]], np.diff(offsets)
+            yield columns, list(itertools.islice(lines, end - start)), negatives
 
 
 # ------------------------------------------------------------------------------------------------
@@ -377,18 +378,6 @@ def data_folder(out):
     finally:
         if temporary and (out.exists() or not (temporary / "old").exists()):
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def common_tokenizer(path, folders=()):
-    """The tokenizer of a file or of data folders; None where none is given.
-
-    Raises InputError where they have different ones."""
-    places = [place for place in (path, *folders) if place]
-    found = [load_tokenizer(place) for place in places]
-    if len({fingerprint(tokenizer) for tokenizer in found}) > 1:
-        names = ", ".join(map(str, places))
-        raise InputError(f"{names} have different tokenizers, so their token ids do not fit")
-    return found[0] if found else None
 
 
 def save_tokenizer(folder, tokenizer):
@@ -429,8 +418,7 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, h
         name = f"{path.parent.name}/{path.name}"
         name += f"-{path.parents[1].name}" if name in written else ""
         given = Source(path, tokenizer).meta["prefixes"]
-        nothing = {"document": []}
-        written[name] = write_source(folder / name, nothing, given, tokenizer, held_out, [path])
+        written[name] = write_source(folder / name, {}, given, tokenizer, held_out, [path])
 
     leaks = contamination(held_out, {name: reasons for name, (_, reasons) in written.items()})
     for name, (count, _) in written.items():

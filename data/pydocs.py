@@ -42,7 +42,6 @@ from data.prepare import (
     show_pairs,
     split_of,
     train_tokenizer,
-    word_hashes,
     words,
     write_folder,
 )
@@ -138,7 +137,7 @@ def without_near_duplicates(entries, packages):
         return packages.index(entry.package), private_parts
 
     ranked = sorted((e for e in entries if len(words(e.docstring)) >= 3), key=rank)
-    new = NearDuplicates().add(*word_hashes([entry.docstring for entry in ranked]))
+    new = NearDuplicates().add_new([entry.docstring for entry in ranked])
     return list(itertools.compress(ranked, new))
 
 
@@ -156,7 +155,7 @@ def assemble(entries, snippets, core):
             if acceptable(query, document):
                 found[source].append((entry, split(entry), query, document))
     for source in EVALUATED:  # of two nearly equal documents, both could be the answer
-        new = NearDuplicates().add(*word_hashes([row[-1] for row in found[source]]))
+        new = NearDuplicates().add_new([row[-1] for row in found[source]])
         found[source] = list(itertools.compress(found[source], new))
     pairs = {}
     for source, rows in found.items():
@@ -164,17 +163,17 @@ def assemble(entries, snippets, core):
         pairs[name] = [(q[:LONGEST], d[:LONGEST]) for _, where, q, d in rows if where == "train"]
 
     held_out_code = NearDuplicates()
-    held_out = [row[-1] for row in found["summary-code"] if row[1] != "train"]
-    held_out_code.add(*word_hashes(held_out))
+    held_out_code.add_new([row[-1] for row in found["summary-code"] if row[1] != "train"])
     for kind in ("comment", "name"):
         rows = [
             (s.text, s.code[:LONGEST]) for s in snippets if s.kind == kind and split(s) == "train"
         ]
         rows = [(spoken(text) if kind == "name" else text, code) for text, code in rows]
         rows = [row for row in rows if acceptable(*row)]
-        hashes = word_hashes([code for _, code in rows])
-        new = NearDuplicates().add(*hashes) & (held_out_code.find(*hashes) == 0)
-        pairs[f"stage2/{kind}-code"] = list(itertools.compress(rows, new))
+        rows = list(itertools.compress(rows, NearDuplicates().add_new([code for _, code in rows])))
+        pairs[f"stage2/{kind}-code"] = [
+            row for row in rows if not held_out_code.has_near(words(row[1]))
+        ]
 
     tasks = {}  # source -> (all documents of core modules, queries of held-out ones)
     asked = Counter(summary_and_body(entry.docstring)[0].lower() for entry in entries)
