@@ -22,7 +22,6 @@ A smaller --block needs less, and removes less.
 """
 
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -36,7 +35,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import find_checkpoint
 from common.device import best_device
-from common.files import fingerprint, load_tokenizer, read_json, read_lines, write_json, write_whole
+from common.files import (
+    fingerprint,
+    load_tokenizer,
+    read_json,
+    read_json_lines,
+    write_json,
+    write_whole,
+)
 from common.options import InputError, cli, read_options, split_words
 from data.prepare import data_folder, write_source
 from data.store import Source
@@ -109,16 +115,14 @@ def judge_source(model, path, rows, prefixes, options):
 def read_pairs(path, rows):
     """The pairs of a pairs.jsonl. Raises InputError naming the line that is none, and for a file of
     another length than its source."""
-    number = 0
-    for number, line in read_lines(path):
-        try:
-            pair = json.loads(line)
-            yield {side: pair[side] + "" for side in ("query", "document")}
-        except (ValueError, KeyError, TypeError):
-            form = '{"query": ..., "document": ...}'
-            raise InputError(f"{path}, line {number}: not {form}") from None
-    if number != rows:
-        raise InputError(f"{path} has {number:,} lines, but its source has {rows:,} rows")
+    count = 0
+    for number, pair in read_json_lines(path):
+        if not all(isinstance(pair.get(side), str) for side in ("query", "document")):
+            raise InputError(f'{path}, line {number}: not {{"query": ..., "document": ...}}')
+        count += 1
+        yield pair
+    if count != rows:
+        raise InputError(f"{path} has {count:,} lines, but its source has {rows:,} rows")
 
 
 def link_or_copy(source, target):

@@ -215,6 +215,19 @@ def long_documents(documents, splits, others=100, questions=4):
     return list(held_out.values()), {**held_out, **dict(pool)}, queries
 
 
+def write(out, documents, tokenizer, meta, options, added):
+    """Writes the data folder. tokenizer: None trains one on these documents."""
+    task, asked = choose_task(documents)
+    splits = split_files(documents, asked)
+    texts, pairs, corpus, queries = assemble(documents, splits, task)
+    training = [text for _, text in texts["train"]]
+    tokenizer = tokenizer or prepare.train_tokenizer(training, options.vocab_size)
+    long, tasks = long_documents(documents, splits), {task: (corpus, queries)}
+    prepare.write_folder(
+        out, tokenizer, PREFIXES, texts, pairs, tasks, long, meta, options.held_out, added
+    )
+
+
 # ------------------------------------------------------------------------------------------------
 
 
@@ -229,23 +242,22 @@ def main(arguments):
     given = [load_tokenizer(path) for path in (options.tokenizer, *added) if path]
     if len(set(map(fingerprint, given))) > 1:
         raise InputError("--tokenizer and --add have different tokenizers: their token ids differ")
-    with prepare.data_folder(out) as new:
-        documents, left_out = read_folder(folder)
+    documents, left_out = read_folder(folder)
+    inputs = {"script": "data/folder.py", "folder": folder, **asdict(options)}
+    for name in ("out", "show"):  # these do not change what is written
+        del inputs[name]
+    text = "\0".join(f"{d.name}\0{d.title}\0{d.text}" for d in documents)
+    metas = [fingerprint(path / "meta.json") for path in added]
+    inputs["changed"] = [fingerprint(text.encode()), *metas, *map(fingerprint, given)]
+    if not prepare.is_made(out, inputs):
         for name, reason in list(left_out.items())[:5]:
             print(f"  {name}: {reason}")
-        task, asked = choose_task(documents)
-        splits = split_files(documents, asked)
-        texts, pairs, corpus, queries = assemble(documents, splits, task)
-        training = [text for _, text in texts["train"]]
-        tokenizer = given[0] if given else prepare.train_tokenizer(training, options.vocab_size)
-        long, tasks = long_documents(documents, splits), {task: (corpus, queries)}
-        meta = {"inputs": {"script": "data/folder.py", "folder": folder, **asdict(options)}}
-        meta["files"] = {"read": len(documents), **Counter(left_out.values())}
-        print(f"  files: {', '.join(f'{n:,} {what}' for what, n in meta['files'].items())}")
-        prepare.write_folder(
-            new, tokenizer, PREFIXES, texts, pairs, tasks, long, meta, options.held_out, added
-        )
-    print(f"wrote {out} in {time.time() - began:.0f} s")
+        files = {"read": len(documents), **Counter(left_out.values())}
+        print(f"  files: {', '.join(f'{n:,} {what}' for what, n in files.items())}")
+        tokenizer, meta = given[0] if given else None, {"inputs": inputs, "files": files}
+        with prepare.data_folder(out) as new:
+            write(new, documents, tokenizer, meta, options, added)
+        print(f"wrote {out} in {time.time() - began:.0f} s")
     if options.show:
         prepare.show_pairs(out, options.show)
 

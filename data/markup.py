@@ -24,7 +24,7 @@ BOILERPLATE = re.compile(
     r"change ?log|(change|revision|version) history|bibliography|links|authors?|contributors?)\W*",
     re.I,
 )
-URL = re.compile(r"https?://[^\s)>]+")
+URL = re.compile(r"https?://[^\s)>]+|mailto:")
 FOOTNOTE = re.compile(r"\[\^[^\]]+\]:")
 
 
@@ -78,12 +78,17 @@ SEPARATORS = {  # what stands between the children of a node; a blank line for o
     **dict.fromkeys(("bullet_list", "ordered_list", "enumerated_list", "list_item"), "\n"),
     **dict.fromkeys(("definition_list", "option_list", "field_list", "line_block"), "\n"),
     **dict.fromkeys(("table", "tgroup", "thead", "tbody"), "\n"),
-    **dict.fromkeys(("inline", "strong", "em", "link"), ""),
+    **dict.fromkeys(("inline", "strong", "em", "link", "s"), ""),
     "option": " ",
 }
 NOT_READ = {"comment", "substitution_definition", "target", "footnote", "citation", "raw"}
-NOT_READ |= {"system_message", "pending", "transition", "meta", "hr", "html_inline", "colspec"}
-MARKS = r"\s*\{#[\w-]+\}|\[\^[^\[\]]+\]|^\[![\w-]+\]\s*"  # {#anchor}, [^footnote], [!note]
+NOT_READ |= {"system_message", "pending", "transition", "meta", "hr", "colspec"}
+MARKS = re.compile(  # what dialects of Markdown add, and nobody reads aloud
+    r"\s*\{#[\w-]+\}|\^?\[\^[^\[\]]+\]|^\[![\w-]+\][-+]?\s*"  # {#anchor}, [^footnote], [!note]
+    r"|^\[[ xX]\]\s+|\{\{[<%].*?[>%]\}\}|\{%.*?%\}|%%.*?%%"  # [x] task, {{< call >}}, %% comment %%
+    r"|!\[\[[^\[\]]*\]\]|==(?=\S)|(?<=\S)=="  # ![[file]], ==marked==
+)
+WIKI_LINK = re.compile(r"\[\[(?:[^\[\]|]*\|)?#?([^\[\]|]*)\]\]")  # [[page|alias]]
 
 
 def text_of(node):
@@ -94,12 +99,13 @@ def text_of(node):
     if kind == "#text":
         return URL.sub("", node)
     if kind == "text":
-        text = re.sub(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]", r"\1", node.content)  # [[page|alias]]
-        return re.sub(MARKS, "", URL.sub("", text))
-    if kind in ("softbreak", "hardbreak"):
+        return WIKI_LINK.sub(r"\1", MARKS.sub("", URL.sub("", node.content)))
+    if kind in ("softbreak", "hardbreak") or (kind == "html_inline" and node.content[:3] == "<br"):
         return "\n"
     if kind in ("code_inline", "image"):
-        return getattr(node, "content", "")  # an image of docutils has none
+        return node.content if isinstance(node, SyntaxTreeNode) else node.get("alt", "")
+    if kind == "html_inline":
+        return ""
     if kind in ("fence", "code_block", "literal_block", "doctest_block"):
         code = node.content if isinstance(node, SyntaxTreeNode) else node.astext()
         return "\n".join(code.rstrip("\n").split("\n")[:CODE_LINES])
@@ -123,7 +129,8 @@ def markdown(text):
     """The title of the front matter, and (level, heading, blocks) of every section; level 0: above
     the first heading."""
     title, text = front_matter(text)
-    parser, parts = MarkdownIt("commonmark", {"maxNesting": 100}).enable("table"), [(0, "", [])]
+    parser, parts = MarkdownIt("commonmark", {"maxNesting": 100}), [(0, "", [])]
+    parser.enable(["table", "strikethrough"])
     for node in SyntaxTreeNode(parser.parse(text)).children:
         if node.type == "heading":
             parts.append((int(node.tag[1]), " ".join(text_of(node).split()), []))
@@ -133,15 +140,20 @@ def markdown(text):
 
 
 def front_matter(text):
-    """(title, the text below): YAML at the very beginning, between two lines of ---."""
-    match = re.match(r"---[ \t]*\n(.*?)^(?:---|\.\.\.)[ \t]*$", text, re.S | re.M)
+    """(title, the text below): YAML between two lines of --- at the very beginning, or TOML between
+    two of +++. Of YAML with a mistake, as in "title: A: B", the lines that begin a field count."""
+    match = re.match(r"(---|\+\+\+)[ \t]*\n(.*?)^(?:\1|\.\.\.)[ \t]*$", text, re.S | re.M)
+    lines = dict(re.findall(r"^([\w-]+)[ \t]*[:=][ \t]*(.*)$", match[2], re.M)) if match else {}
     try:
-        fields = yaml.safe_load(match[1]) if match else None
+        fields = yaml.safe_load(match[2]) if match and match[1] == "---" else lines
     except (yaml.YAMLError, ValueError):
-        fields = None
-    if not isinstance(fields, dict):
+        fields = lines
+    if not isinstance(fields, dict) or (match and match[2].strip() and not fields):
         return "", text
-    return " ".join(str(fields.get("title") or "").split()), text[match.end() :]
+    title = fields.get("title") or ""
+    title = ", ".join(map(str, title)) if isinstance(title, list) else str(title)
+    title = title.strip("\"'") if fields is lines else title
+    return " ".join(title.split()), text[match.end() :] if match else text
 
 
 # ------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.files import load_tokenizer, read_json, read_lines, write_json
+from common.files import load_tokenizer, read_lines, write_json
 from common.options import InputError, cli, read_options, split_words
 from data import prepare
 from data.tasks import read_texts, write_jsonl, write_task
@@ -127,6 +127,8 @@ def pairs_in(row, source):
 
     Forms: an object with the columns of the source, where an object may have several documents;
     [query, document, negative ...]; {"set": [...]} of texts that say the same."""
+    if isinstance(row, str) and not row.strip():
+        return [], ""  # a blank line
     try:
         value = json.loads(row) if isinstance(row, str) else row
     except (ValueError, RecursionError):
@@ -270,10 +272,7 @@ def write_pairs(folder, source, encoded, tokenizer):
 def make(sources, options, inputs):
     """Writes the data folder options.out. inputs: what decides its content."""
     began, out = time.time(), Path(options.out)
-    if (out / "meta.json").is_file():
-        if read_json(out / "meta.json").get("inputs") != inputs:
-            raise InputError(f"{out} is made from other inputs: choose another --out, or remove it")
-        print(f"{out} was made by the same command: nothing to do")
+    if prepare.is_made(out, inputs):
         return
     twice = [name for name, n in collections.Counter(s.name for s in sources).items() if n > 1]
     if twice:
@@ -312,6 +311,7 @@ def make(sources, options, inputs):
         found = itertools.chain.from_iterable(read_texts(path).values() for path in corpora)
         rows = ({"_id": str(i), "text": text} for i, text in enumerate(dict.fromkeys(found)))
         write_jsonl(folder / "search" / "corpus.jsonl", rows)
+        prepare.print_unknown(folder)
         leaks = prepare.contamination(held_out, faults)
         meta = {"made_by": "nanoembed", "inputs": inputs, "rows": counts, "left out": faults}
         write_json(folder / "meta.json", meta | {"contamination": leaks})
@@ -399,6 +399,8 @@ def main(arguments):
     inputs = {"script": "data/pairs.py", "files": files, **asdict(options)}
     for name in ("out", "processes", "show", "list"):  # these do not change what is written
         del inputs[name]
+    here = [Path(p) for source in sources for p in source.places if Path(p).is_file()]
+    inputs["changed"] = {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in here}
     make(sources, options, inputs)
     if options.show:
         prepare.show_pairs(options.out, options.show)

@@ -18,23 +18,23 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from common.files import fingerprint, read_json, write_json, write_whole
+from common.files import SPECIAL_TOKENS, fingerprint, read_json, write_json, write_whole
 from common.options import InputError
 from data.store import Source
 from data.tasks import PREFIXES, read_judgements, read_texts, splits_of, write_jsonl, write_task
 
-SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SEARCH = PREFIXES["query"], PREFIXES["document"]
 LONGEST = 1200  # characters of a query or document that are kept for training, some 300 tokens
 LONG = 900  # words: well beyond 8 times the 128 tokens that the laptop preset trains with
 REASONS = "", "near held-out text", "equal to held-out text"  # why a training row is left out
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+# scripts without spaces: Thai and Lao, Burmese, Khmer, Japanese and Chinese
+NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{NO_SPACES}]|[^\W{NO_SPACES}]+")
 BATCH = 1000  # rows that are tokenised or copied together
 
 
 def words(text):
-    """The words of a text, in lower case. In Chinese and Japanese, which have no spaces, each
-    character counts as a word."""
+    """The words of a text, in lower case. In scripts without spaces each character is a word."""
     return WORD.findall(text.lower())
 
 
@@ -61,7 +61,10 @@ def train_tokenizer(texts, vocab_size):
     counts = Counter()
     for text in texts:
         counts.update(text)
-    frequent = "".join(c for c, count in counts.items() if count >= 50 or c.isascii())
+    # characters that are rare, or beyond a quarter of the vocabulary, become [UNK]
+    least = min(50, max(2, counts.total() // 100_000))
+    common = [c for c, count in counts.most_common(vocab_size // 4) if count >= least]
+    frequent = "".join(dict.fromkeys([*common, *filter(str.isascii, counts)]))
     alphabet = sorted(set(tokenizer.normalizer.normalize_str(frequent)) - {" "})
     trainer = tokenizers.trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -243,6 +246,7 @@ class SourceWriter:
         self.folder, self.tokenizer, self.held_out = Path(folder), tokenizer, held_out
         self.prefixes = {name: prefixes[name] for name in prefixes if name != "negative"}
         self.rows, self.negatives, self.tokens, self.left_out = 0, 0, {}, Counter()
+        self.unknown, self.unknown_id = 0, tokenizer.token_to_id("[UNK]")
         self.folder.mkdir(parents=True)
         for name in self.prefixes or ["document"]:
             self.append_texts(name, np.empty(0), np.empty(0, np.int64))
@@ -260,6 +264,7 @@ class SourceWriter:
         self.write(f"{name}.tokens.bin", ids.astype(id_type(self.tokenizer), copy=False))
         self.write(f"{name}.offsets.bin", self.tokens[name] + np.cumsum(lengths))
         self.tokens[name] += int(lengths.sum())
+        self.unknown += int((ids == self.unknown_id).sum())
 
     def append(self, columns, lines=(), negatives=None, keep=None):
         """Appends n rows. columns: name -> (ids (N,), lengths (n,)); lines: their JSON lines;
@@ -290,6 +295,7 @@ class SourceWriter:
         if "negative" in self.tokens:
             prefixes["negative"] = prefixes["document"]
         meta = {"rows": self.rows, "tokens": self.tokens, "prefixes": prefixes}
+        meta["unknown"] = self.unknown  # how many of the tokens are [UNK]
         meta["dtype"] = np.dtype(id_type(self.tokenizer)).name
         meta["tokenizer"] = fingerprint(self.tokenizer)
         write_json(self.folder / "meta.json", meta)
@@ -346,37 +352,43 @@ def stored_rows(folders, tokenizer):
 # ------------------------------------------------------------------------------------------------
 # Data folders
 
-TOP_NAMES = {"tokenizer.json", "meta.json", "stage1", "stage2", "stage3"}
-TOP_NAMES |= {"retrieval", "long", "search"}
+
+def is_made(out, inputs):
+    """Whether `out` is a data folder that was made from these inputs already.
+
+    Raises InputError where it is anything else but a new or empty folder: nothing is replaced."""
+    out, inputs = Path(out), json.loads(json.dumps(inputs))
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    meta = read_json(out / "meta.json") if (out / "meta.json").is_file() else {}
+    if meta.get("made_by") != "nanoembed":
+        raise InputError(f"{out} is there and is no data folder: choose another --out")
+    before = meta.get("inputs")
+    if before != inputs:
+        before = before if isinstance(before, dict) else {}
+        changed = sorted(key for key in inputs if before.get(key) != inputs[key])
+        raise InputError(
+            f"{out} was made from other inputs ({', '.join(changed) or 'more of them'}): remove "
+            "it, or choose another --out"
+        )
+    print(f"{out} is there, made from the same inputs: nothing to do")
+    return True
 
 
 @contextmanager
 def data_folder(out):
-    """A new folder to write into, which becomes `out` if the block ends without an error.
-
-    An old data folder is renamed before it is removed, so that a kill never loses both. Raises
-    InputError for an `out` that holds anything else, before the block runs."""
-    out = Path(out).resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        meta = read_json(out / "meta.json") if (out / "meta.json").is_file() else {}
-        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-        if meta.get("made_by") != "nanoembed" or not names <= TOP_NAMES:
-            raise InputError(f"{out} is not a data folder: remove it, or choose another --out")
-    temporary = None
+    """A new folder to write into, which becomes `out` if the block ends without an error."""
+    out, temporary = Path(out).resolve(), None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         (temporary / "new").mkdir()
         yield temporary / "new"
-        if out.exists():
-            out.rename(temporary / "old")
         (temporary / "new").rename(out)
     except OSError as error:
-        if temporary and (temporary / "old").exists():
-            (temporary / "old").rename(out)
-        raise InputError(f"cannot write {out}: {error.strerror}; nothing was changed") from None
+        raise InputError(f"cannot write {out}: {error.strerror}") from None
     finally:
-        if temporary and (out.exists() or not (temporary / "old").exists()):
+        if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -427,9 +439,20 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, h
         counts = ", ".join(f"{len(asked):,} {split} queries" for split, asked in queries.items())
         print(f"  retrieval/{source:24} {len(corpus):8,} documents, {counts}")
     print(f"  {leaks['removed']:,} training rows that repeat held-out text were left out")
+    print_unknown(folder)
     rows = {name: count for name, (count, _) in written.items()}
     meta = {"made_by": "nanoembed", **meta, "rows": rows, "contamination": leaks}
     write_json(folder / "meta.json", meta)
+
+
+def print_unknown(folder):
+    """Prints the share of [UNK], which a model can learn nothing from, in all training text."""
+    metas = [read_json(path) for path in sorted(folder.glob("stage*/*/meta.json"))]
+    tokens = sum(sum(meta["tokens"].values()) for meta in metas)
+    share = sum(meta["unknown"] for meta in metas) / max(1, tokens)
+    print(f"  {share:.1%} of {tokens:,} tokens are [UNK]")
+    if share > 0.05:
+        print("  warning: the tokenizer does not know this text; give another one by --tokenizer=")
 
 
 def show_pairs(folder, count):

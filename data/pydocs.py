@@ -30,7 +30,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.files import read_json
 from common.options import InputError, cli, read_options
 from data.docstrings import package_root, read_packages, requirements_of
 from data.prepare import (
@@ -39,6 +38,7 @@ from data.prepare import (
     SEARCH,
     NearDuplicates,
     data_folder,
+    is_made,
     show_pairs,
     split_of,
     train_tokenizer,
@@ -236,9 +236,7 @@ def prepare(options):
             )
     inputs = {"script": "data/pydocs.py", "vocab_size": options.vocab_size, "core": core}
     inputs["versions"] = {package: version_of(package) for package in packages}
-    if (out / "meta.json").is_file() and read_json(out / "meta.json").get("inputs") == inputs:
-        print(f"{out} is there, made from the same packages: nothing to do")
-    else:
+    if not is_made(out, inputs):
         with data_folder(out) as folder:
             entries, snippets = read_packages(packages)
             entries = without_near_duplicates(entries, packages)

@@ -28,6 +28,7 @@ two runs with one seed are equal. data/prepare.py writes these files.
 """
 
 import functools
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -42,23 +43,41 @@ from common.options import InputError
 
 
 class Column:
-    """column[i] is the ids of text i, column.tokens all ids in one flat array."""
+    """column[i] is the ids of text i, column.tokens all ids in one flat array.
 
-    def __init__(self, folder, name, dtype, tokens):
+    Sizes are checked at opening, in constant time; what a text says of itself where it is read."""
+
+    def __init__(self, folder, name, dtype, tokens, tokenizer):
         """tokens: how many there should be. Raises InputError where the files do not fit that."""
+        if dtype not in ("uint16", "uint32"):
+            raise InputError(f"{folder}/meta.json: dtype is {dtype!r}, not uint16 or uint32")
+        self.path = folder / f"{name}.tokens.bin"
+        self.ends, self.vocab_size = tokenizer.encode("").ids, tokenizer.get_vocab_size()
         self.offsets = map_file(folder / f"{name}.offsets.bin", np.int64)
-        self.tokens = map_file(folder / f"{name}.tokens.bin", dtype)
+        self.tokens = map_file(self.path, dtype)
         if not len(self.tokens) == tokens == (self.offsets[-1] if len(self.offsets) else -1):
             raise InputError(
-                f"{folder}/{name}.tokens.bin has {len(self.tokens):,} tokens, meta.json says "
-                f"{tokens:,}: the files are damaged or of two data sets; prepare them again"
+                f"{self.path} has {len(self.tokens):,} tokens, meta.json says {tokens:,}: it is "
+                "damaged, or of another data set; prepare the data again"
             )
 
     def __len__(self):
         return len(self.offsets) - 1
 
     def __getitem__(self, i):
-        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+        start, end = self.offsets[i], self.offsets[i + 1]
+        ids = self.tokens[start:end]
+        if not 0 <= start < end <= len(self.tokens) or [ids[0], ids[-1]] != self.ends:
+            raise InputError(f"{self.path}: text {i} is damaged; prepare the data again")
+        return self.checked(ids)
+
+    def checked(self, ids):
+        """Ids that the model has embeddings for. Raises InputError for others."""
+        if ids.max() >= self.vocab_size:
+            raise InputError(
+                f"{self.path} has the id {ids.max()} of {self.vocab_size}: it is damaged"
+            )
+        return ids
 
 
 def map_file(path, dtype):
@@ -76,11 +95,19 @@ class Source:
         try:
             self.rows, dtype, prefixes = (self.meta[key] for key in ("rows", "dtype", "prefixes"))
             tokens = self.meta["tokens"]
-            self.columns = {name: Column(folder, name, dtype, tokens[name]) for name in tokens}
+            self.columns = {n: Column(folder, n, dtype, tokens[n], tokenizer) for n in tokens}
+            self.prefixes = {
+                name: tokenizer.encode(prefix, add_special_tokens=False).ids
+                for name, prefix in prefixes.items()
+            }
             if "negative" in tokens:
                 self.first_negative = map_file(folder / "negative.rows.bin", np.int64)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{folder} is not a source of texts: {error!r}") from None
+        if prefixes and set(prefixes) != set(tokens):
+            raise InputError(
+                f"{folder}/meta.json has prefixes of {list(prefixes)}, not its columns"
+            )
         rows = [len(self.columns[name]) for name in self.columns if name != "negative"]
         rows += [len(self.first_negative) - 1] if "negative" in self.columns else []
         if set(rows) != {self.rows}:
@@ -90,10 +117,6 @@ class Source:
                 f"{folder} was made with another tokenizer than the model's: start from random "
                 "weights, or with stage 1 on this data"
             )
-        self.prefixes = {
-            name: tokenizer.encode(prefix, add_special_tokens=False).ids
-            for name, prefix in prefixes.items()
-        }
 
     def __len__(self):
         return self.rows
@@ -102,7 +125,10 @@ class Source:
         """Which texts of the column "negative" belong to a row: a range, maybe empty."""
         if "negative" not in self.columns:
             return range(0)
-        return range(int(self.first_negative[row]), int(self.first_negative[row + 1]))
+        first, last = (int(number) for number in self.first_negative[row : row + 2])
+        if not 0 <= first <= last <= len(self.columns["negative"]):
+            raise InputError(f"{self.name}: negative.rows.bin is damaged; prepare the data again")
+        return range(first, last)
 
     def texts(self, column, rows, max_tokens):
         """Rows as the model reads them: [CLS] prefix text [SEP], truncated. A list of id arrays."""
@@ -144,7 +170,8 @@ class Sequences:
     full, as the paper packs its text (sec. 4.1.1)."""
 
     def __init__(self, folder, tokenizer, length):
-        self.tokens, self.length = Source(folder, tokenizer).columns["document"].tokens, length
+        self.column, self.length = Source(folder, tokenizer).columns["document"], length
+        self.tokens = self.column.tokens
         if len(self) == 0:
             raise InputError(
                 f"{folder} has {len(self.tokens):,} tokens, fewer than --seq-len={length}"
@@ -154,7 +181,8 @@ class Sequences:
         return len(self.tokens) // self.length
 
     def __getitem__(self, i):
-        return self.tokens[i * self.length : (i + 1) * self.length].astype(np.int64)
+        ids = self.tokens[i * self.length : (i + 1) * self.length]
+        return self.column.checked(ids).astype(np.int64)
 
     def rows(self, step, batch_size, seed):
         """Which sequences make batch number `step`. Every epoch has each once, in a new order."""
@@ -170,22 +198,20 @@ class PairBatches:
 
     An epoch is every whole batch of every source once, in random order, so that sources come up in
     proportion to their size, as in the released reader. Rows that do not fill a batch are left out
-    of that epoch; every epoch shuffles the rows anew."""
+    of that epoch; every epoch shuffles the rows anew. A source that is smaller than a batch gives
+    one, with its rows repeated: the loss does not count copies of a document as negatives."""
 
     def __init__(self, sources, batch_size, seed):
         self.sources, self.batch_size, self.seed = sources, batch_size, seed
-        batches = [len(source) // batch_size for source in sources]
-        self.left_out = [s.name for s, n in zip(sources, batches, strict=True) if n == 0]
+        batches = [max(len(source) // batch_size, len(source) > 0) for source in sources]
         self.source_of = np.repeat(np.arange(len(sources)), batches)  # batch of an epoch -> source
         if len(self.source_of) == 0:
-            most = max(len(source) for source in sources)
-            raise InputError(f"--batch-size={batch_size}: the largest source has {most} rows")
+            raise InputError(f"the sources {', '.join(s.name for s in sources)} have no rows")
 
     def about(self):
-        """What a run prints: sources that are smaller than a batch, which no batch comes from."""
-        return (
-            {"smaller than a batch, left out:": ", ".join(self.left_out)} if self.left_out else {}
-        )
+        """What a run prints: the sources whose rows are repeated to fill a batch."""
+        small = [s.name for s in self.sources if len(s) < self.batch_size]
+        return {"smaller than a batch, rows repeated:": ", ".join(small)} if small else {}
 
     def at(self, step):
         """(source, rows) of batch number `step`."""
@@ -195,7 +221,8 @@ class PairBatches:
         source = self.sources[number]
         first = (batch - np.searchsorted(self.source_of, number)) * self.batch_size
         order = permutation(len(source), self.seed, epoch, int(number))
-        return source, order[first : first + self.batch_size].astype(np.int64)
+        rows = np.resize(order[first:], self.batch_size)  # repeats the rows of a small source
+        return source, rows.astype(np.int64)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -211,6 +238,12 @@ def pack(texts, device="cpu"):
     cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
     tokens = torch.from_numpy(np.concatenate(texts).astype(np.int64))
     return move_to_device(tokens, device), cu_seqlens
+
+
+def text_keys(texts):
+    """A number for each of B texts (id arrays), (B,) int64: equal for equal texts, everywhere."""
+    digests = [hashlib.blake2b(text.tobytes(), digest_size=8).digest() for text in texts]
+    return torch.from_numpy(np.frombuffer(b"".join(digests), np.int64).copy())
 
 
 def split_by_tokens(lengths, max_tokens):

@@ -12,9 +12,12 @@ A file of scored pairs has a row for each pair: two sentences and a number, as c
 
 import csv
 import json
+import math
+import re
+from decimal import Decimal
 from pathlib import Path
 
-from common.files import read_json, read_lines, write_json, write_text
+from common.files import read_json, read_json_lines, read_lines, write_json, write_text
 from common.options import InputError
 
 PREFIXES = {  # task -> what stands before the text (sec. 3.2)
@@ -24,19 +27,24 @@ PREFIXES = {  # task -> what stands before the text (sec. 3.2)
     "clustering": "clustering: ",
 }
 
+HEADER = re.compile(r"[a-z_ ]*(score|label|similarity|relatedness|gold)[a-z_ ]*", re.I)
+
 # ------------------------------------------------------------------------------------------------
 # The BEIR layout
 
 
 def read_texts(path):
-    """id -> text of a corpus.jsonl or queries.jsonl; a title comes before its text [code]."""
+    """id -> text of a corpus.jsonl or queries.jsonl; a title comes before its text [code].
+
+    Raises InputError naming the line that has no id or no text, or the id of a line before."""
     texts = {}
-    for number, line in read_lines(path):
-        try:
-            row = json.loads(line)
-            texts[str(row["_id"])] = f"{row.get('title') or ''} {row['text']}".strip()
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f'{path}, line {number}: not {{"_id": ..., "text": ...}}') from None
+    for number, row in read_json_lines(path):
+        name, title, text = row.get("_id"), row.get("title") or "", row.get("text")
+        if type(name) not in (str, int) or not isinstance(title, str) or not isinstance(text, str):
+            raise InputError(f'{path}, line {number}: not {{"_id": ..., "text": "..."}}')
+        if str(name) in texts:
+            raise InputError(f"{path}, line {number}: the _id {name} is there twice")
+        texts[str(name)] = f"{title} {text}".strip()
     return texts
 
 
@@ -46,18 +54,25 @@ def read_judgements(path, queries, documents):
     Raises InputError for a line of another form, or one that names an unknown id."""
     judged = {}
     for number, line in read_lines(path):
-        parts = line.split("\t")
-        if number == 1 and parts[-1] == "score":
+        where, parts = f"{path}, line {number}", line.split("\t")
+        if not line.strip() or (not judged and parts[-1].strip() == "score"):
             continue
-        if len(parts) != 3 or not parts[2].lstrip("-").isdigit():
-            raise InputError(f"{path}, line {number}: not query-id, corpus-id, score with tabs")
+        if len(parts) != 3:
+            raise InputError(f"{where}: not query-id, corpus-id and score, separated by tabs")
         query, document, grade = parts
+        try:
+            value = Decimal(grade)
+            whole = -1000 <= value <= 1000 and value == int(value)
+        except ArithmeticError:
+            whole = False
+        if not whole:
+            raise InputError(f"{where}: the grade {grade} is no whole number from -1000 to 1000")
         if query not in queries or document not in documents:
             name = "queries" if query not in queries else "corpus"
             missing = query if query not in queries else document
-            raise InputError(f"{path}, line {number}: {missing} is not in {name}.jsonl")
-        if int(grade) > 0:
-            judged.setdefault(query, {})[document] = int(grade)
+            raise InputError(f"{where}: {missing} is not in {name}.jsonl")
+        if value > 0:
+            judged.setdefault(query, {})[document] = int(value)
     return judged
 
 
@@ -79,7 +94,8 @@ def read_task(folder, split):
     prefixes = PREFIXES
     if (folder / "meta.json").is_file():
         prefixes = read_json(folder / "meta.json").get("prefixes")
-        if not isinstance(prefixes, dict) or not {"query", "document"} <= set(prefixes):
+        given = prefixes if isinstance(prefixes, dict) else {}
+        if not all(isinstance(given.get(side), str) for side in ("query", "document")):
             raise InputError(f"{folder}/meta.json gives no prefixes of query and document")
     return documents, queries, judged, prefixes
 
@@ -111,26 +127,28 @@ def write_task(folder, documents, queries, prefixes):
 
 
 def read_scored_pairs(path):
-    """(sentences, sentences, scores) of a csv or tsv file, with or without a header.
-
-    Raises InputError naming the line that has another form."""
+    """(sentences, sentences, scores) of a csv or tsv file, with or without a header such as
+    sentence1, sentence2, score. Raises InputError naming the line that has another form."""
     path = Path(path)
     separator = "\t" if path.name.removesuffix(".gz").endswith(".tsv") else ","
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+    csv.field_size_limit(2**31 - 1)
     lines = (line + "\n" for _, line in read_lines(path))
     reader = csv.reader(lines, delimiter=separator, quoting=quoting)
     pairs = []
     for row in reader:
+        where = f"{path}, line {reader.line_num}"
+        if not row or (not pairs and HEADER.fullmatch(row[-1])):
+            continue
+        if len(row) != 3:
+            reason = f"not two sentences and a score, but {len(row)} fields"
+            raise InputError(f"{where}: {reason}: {str(row)[:60]}")
         try:
-            first, second, score = row
-            pairs.append((first, second, float(score)))
+            pairs.append((*row[:2], float(row[2])))
         except ValueError:
-            if reader.line_num == 1 and len(row) == 3:
-                continue
-            raise InputError(
-                f"{path}, line {reader.line_num}: not two sentences and a score, but {len(row)} "
-                f"fields: {str(row)[:60]}"
-            ) from None
+            raise InputError(f"{where}: the score {row[2][:40]!r} is no number") from None
+        if not math.isfinite(pairs[-1][2]):
+            raise InputError(f"{where}: the score {row[2]} is not finite")
     first, second, scores = zip(*pairs, strict=True) if pairs else ((), (), ())
     if len(set(scores)) < 2:
         raise InputError(f"{path}: {len(scores)} scores, all equal: there is no order to compare")

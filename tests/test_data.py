@@ -1,6 +1,7 @@
 """The data folder: what is held out stays out, and batches are a function of (seed, step)."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -8,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import ROOT
+from tiny import cases
 
 from common.files import write_json
 from common.options import InputError
@@ -61,9 +63,18 @@ def test_sequences_are_full_and_an_epoch_has_each_once(data, data_tokenizer):
     assert np.array_equal(joined, sequences.tokens[: 20 * 64]), "a text continues in the next one"
 
 
-def test_a_batch_larger_than_every_source_is_an_error(data, data_tokenizer):
-    with pytest.raises(InputError, match="--batch-size=1000000: the largest source has"):
-        PairBatches(open_sources(data / "stage2", data_tokenizer), 1_000_000, 0)
+def test_a_source_smaller_than_a_batch_gives_one_with_its_rows_repeated(data, data_tokenizer):
+    sources = open_sources(data / "stage2", data_tokenizer)
+    size = max(map(len, sources)) // 2
+    batches = PairBatches(sources, size, seed=3)
+    drawn = [batches.at(step) for step in range(len(batches.source_of))]
+    assert {source.name for source, _ in drawn} == {source.name for source in sources}
+    for source, rows in drawn:
+        _, counts = np.unique(rows, return_counts=True)
+        assert len(rows) == size and len(counts) == min(len(source), size)
+        assert counts.max() - counts.min() <= 1
+    small = [source.name for source in sources if len(source) < size]
+    assert small and ", ".join(small) in batches.about().popitem()[1]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -94,6 +105,64 @@ def test_another_tokenizer_and_another_kind_of_folder_are_errors(data, tokenizer
         Source(tmp_path, tokenizer)
     with pytest.raises(InputError, match="no sources in "):
         open_sources(tmp_path, tokenizer)
+
+
+def edit(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+def reversed_ids(data):
+    return np.frombuffer(data, np.uint16)[::-1].tobytes()
+
+
+def edited_meta(**change):
+    return lambda data: json.dumps({**json.loads(data), **change}).encode()
+
+
+def edited_offsets(place, value):
+    def change(data):
+        offsets = np.frombuffer(data, np.int64).copy()
+        offsets[place] = value
+        return offsets.tobytes()
+
+    return change
+
+
+@cases(
+    ("name", "change"),
+    [
+        *[(f"query.{kind}.bin", lambda data: b"") for kind in ("tokens", "offsets")],
+        *[(f"query.{kind}.bin", lambda data: data[:-8]) for kind in ("tokens", "offsets")],
+        *[(f"query.{kind}.bin", lambda data: data[:-1]) for kind in ("tokens", "offsets")],
+        *[(f"query.{kind}.bin", lambda data: data * 2) for kind in ("tokens", "offsets")],
+        ("query.tokens.bin", reversed_ids),
+        ("query.tokens.bin", lambda data: b"\xff" * len(data)),
+        ("query.tokens.bin", lambda data: bytes(len(data))),
+        ("query.offsets.bin", edited_offsets(3, 10**12)),
+        ("query.offsets.bin", edited_offsets(3, -5)),
+        ("query.offsets.bin", edited_offsets(4, 0)),
+        ("query.offsets.bin", edited_offsets(-1, 7)),
+        ("meta.json", lambda data: data[:-5]),
+        ("meta.json", edited_meta(rows=10**6)),
+        ("meta.json", edited_meta(rows="many")),
+        ("meta.json", edited_meta(tokens={"query": 3})),
+        ("meta.json", edited_meta(tokens={"nothing": 3})),
+        ("meta.json", edited_meta(tokens=[])),
+        ("meta.json", edited_meta(dtype="float64")),
+        ("meta.json", edited_meta(dtype="object")),
+        ("meta.json", edited_meta(prefixes={"query": 3, "document": ""})),
+        ("meta.json", edited_meta(prefixes={"query": ""})),
+        ("meta.json", edited_meta(tokenizer="other")),
+    ],
+)
+def test_a_damaged_source_is_an_error_that_names_it(data, data_tokenizer, tmp_path, name, change):
+    """At opening what can be seen at once, and the rest where it is read: never a wrong text."""
+    folder = shutil.copytree(data / "stage2/summary-code", tmp_path / "damaged")
+    edit(folder / name, change)
+    with pytest.raises(InputError, match="damaged") as error:
+        source = Source(folder, data_tokenizer)
+        source.texts("query", range(len(source)), 64)
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -256,8 +325,8 @@ def test_every_process_prepares_equal_files_and_the_same_command_does_nothing(tm
     pydocs.main([f"--out={tmp_path}/a", *small, "--show=3"])
     printed = capsys.readouterr().out
     assert "nothing to do" in printed and printed.count("\n---") == 3
-    pydocs.main([f"--out={tmp_path}/a", "--core=tqdm", "--vocab-size=512"])
-    assert "wrote" in capsys.readouterr().out, "a data folder is replaced"
+    with pytest.raises(InputError, match=r"a was made from other inputs \(vocab_size\): remove"):
+        pydocs.main([f"--out={tmp_path}/a", "--core=tqdm", "--vocab-size=512"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
@@ -278,56 +347,35 @@ def test_the_embedded_data_is_made_where_it_is_missing(data, tmp_path, monkeypat
     assert made == [pydocs.Options()]
 
 
-OTHERS = [{"letter.txt": "dear"}, {"meta.json": "{}"}]
-OTHERS += [{"meta.json": '{"made_by": "somebody"}', "stage1": "x"}]
-OTHERS += [{"meta.json": '{"made_by": "nanoembed"}', "letter.txt": "dear"}]
+OTHERS = [{"letter.txt": "dear"}, {"meta.json": "{}"}, {"meta.json": '{"made_by": "somebody"}'}]
+OTHERS += [{"meta.json": '{"made_by": "nanoembed", "inputs": {"core": ["tqdm"]}}', "a.txt": "mine"}]
 
 
-@pytest.mark.parametrize("files", OTHERS)
-def test_a_folder_of_something_else_is_left_alone(tmp_path, files):
+@cases("files", OTHERS)
+def test_a_folder_that_was_made_from_something_else_is_left_alone(tmp_path, files):
     (tmp_path / "out").mkdir()
     for name, text in files.items():
         (tmp_path / "out" / name).write_text(text)
-    with pytest.raises(InputError, match="out is not a data folder"), data_folder(tmp_path / "out"):
-        raise AssertionError("the block must not run")
+    with pytest.raises(InputError, match="out is there and is no data|out was made from other"):
+        pydocs.main([f"--out={tmp_path}/out", "--core=numpy"])
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == files
-    for name in files:  # below a file there can be no folder
-        with pytest.raises(InputError, match="cannot write .*: File exists; nothing was changed"):
-            with data_folder(tmp_path / "out" / name / "data"):
-                raise AssertionError("the block must not run")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_below_a_file_there_can_be_no_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="cannot write .*: File exists"):
+        with data_folder(tmp_path / "file" / "data"):
+            raise AssertionError("the block must not run")
 
 
 def test_a_data_folder_takes_its_name_only_when_it_is_whole(tmp_path):
-    out = tmp_path / "out"
     for name in ("out.tmp", "out.partial"):  # the user's own
         (tmp_path / name).mkdir()
-
-    def write(text):
-        with data_folder(out) as folder:
-            write_json(folder / "meta.json", {"made_by": "nanoembed", "text": text})
-            assert text != "third"
-
-    write("first")
-    write("second")
-    with pytest.raises(AssertionError):
-        write("third")
-    assert json.loads((out / "meta.json").read_text())["text"] == "second"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.partial", "out.tmp"]
-
-
-def test_a_kill_while_a_folder_is_replaced_loses_neither(tmp_path):
-    """Killed between the two renames: the old folder and the new one are there, under one name."""
+    with pytest.raises(AssertionError), data_folder(tmp_path / "out") as folder:
+        write_json(folder / "meta.json", {"made_by": "nanoembed"})
+        raise AssertionError
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.partial", "out.tmp"]
     with data_folder(tmp_path / "out") as folder:
         write_json(folder / "meta.json", {"made_by": "nanoembed"})
-    script = (
-        "import os, pathlib, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from data.prepare import data_folder\n"
-        "rename = pathlib.Path.rename\n"
-        "def once(*paths): rename(*paths); os._exit(9)\n"
-        "with data_folder(sys.argv[2]) as folder:\n"
-        "    (folder / 'tokenizer.json').write_text('new')\n"
-        "    pathlib.Path.rename = once\n"
-    )
-    subprocess.run([sys.executable, "-c", script, str(ROOT), str(tmp_path / "out")])
-    (kept,) = tmp_path.iterdir()
-    assert (kept / "old/meta.json").is_file() and (kept / "new/tokenizer.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.partial", "out.tmp"]

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import tarfile
 import time
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from tiny import cases
 
 from common.files import fingerprint, load_tokenizer
 from common.options import InputError
@@ -168,7 +170,7 @@ def test_markup_becomes_what_a_person_would_read_aloud(text, suffix):
         assert not [mark for mark in MARKS if mark in prose]
 
 
-@pytest.mark.parametrize(
+@cases(
     "text, suffix, title, sections",
     [
         (HEADER, ".rst", "Growing leeks in winter", [(("Abstract",), "They stand the cold.")]),
@@ -190,6 +192,40 @@ def test_markup_becomes_what_a_person_would_read_aloud(text, suffix):
         ("**a\nb** c", ".md", "", [((), "a\nb c")]),
         ("```\n" + "x\n" * 30 + "```", ".md", "", [((), "x\n" * 11 + "x")]),
         (".. include:: /etc/hostname\n\nx", ".rst", "", [((), "x")]),
+        ("---\ntitle: |\n  a literal\n  title\n---\nx", ".md", "a literal title", [((), "x")]),
+        ("---\ntitle: 'it''s'\n---\nx", ".md", "it's", [((), "x")]),
+        ("~~~py\n# no heading\n~~~\n\n# A\n\nx", ".md", "A", [((), "# no heading"), ((), "x")]),
+        (
+            "1. one\n2. two\n\n   ```\n   f()\n   ```\n\nx",
+            ".md",
+            "",
+            [((), "- one\n- two\nf()\n\nx")],
+        ),
+        ("a<br>b &lt;c&gt; ~~d~~ ==e== f == g", ".md", "", [((), "a\nb <c> d e f == g")]),
+        ("![[image.png]][[#heading]] [[a#b|c]]", ".md", "", [((), "heading c")]),
+        ("%% mine %%{{< toc >}}a{% raw %}b^[^1]", ".md", "", [((), "ab")]),
+        ("---\ntitle: A: B\ntags: x\n---\nx", ".md", "A: B", [((), "x")]),
+        ("+++\ntitle = 'T'\ntags = ['a']\n+++\n\nx y", ".md", "T", [((), "x y")]),
+        ("+++\n\nnot a field\n\n+++\n\nx", ".md", "", [((), "+++\n\nnot a field\n\n+++\n\nx")]),
+        ("- [ ] to do\n- [x] done", ".md", "", [((), "- to do\n- done")]),
+        (
+            ".. versionadded:: 3.8\n   It is new.\n\n.. py:function:: f(x)\n\n   Text.",
+            ".rst",
+            "",
+            [((), "Added in 3.8\nIt is new.\n\nf(x)\n\nText.")],
+        ),
+        (
+            ":doc:`the page </a/b>` and :py:meth:`~a.B.c` and :kbd:`Ctrl-C`",
+            ".rst",
+            "",
+            [((), "the page and a.B.c and Ctrl-C")],
+        ),
+        (
+            ".. math:: a^2 + b^2\n\n.. image:: x.png\n   :alt: a picture\n\nx",
+            ".rst",
+            "",
+            [((), "a^2 + b^2\n\na picture\n\nx")],
+        ),
     ],
 )
 def test_ordinary_notes_are_read_as_they_are_meant(text, suffix, title, sections):
@@ -271,9 +307,13 @@ def test_files_are_held_out_whole_and_every_stage_has_its_sources(notes):
     assert len(Source(out / "stage1/dev", tokenizer)) and (out / "search/corpus.jsonl").is_file()
 
 
-def test_preparing_again_replaces_and_show_prints_pairs(notes, capsys):
+def test_preparing_again_does_nothing_and_changed_notes_need_another_folder(notes, capsys):
     prepare_folder(notes / "notes", notes / "out", "--show=5")
-    assert capsys.readouterr().out.count("\n---") == 5
+    printed = capsys.readouterr().out
+    assert "nothing to do" in printed and printed.count("\n---") == 5
+    (notes / "notes" / "note-3.md").write_text("# Changed\n\n" + "other words " * 20)
+    with pytest.raises(InputError, match="out was made from other inputs .changed.: remove it"):
+        prepare_folder(notes / "notes", notes / "out")
 
 
 @pytest.mark.parametrize("suffix", [".md", ".txt"])
@@ -282,6 +322,32 @@ def test_notes_without_headings_have_a_task_too(suffix, tmp_path):
     meta, task = prepare_folder(tmp_path / "notes", tmp_path / "out"), "title-document"
     assert meta["rows"][f"stage3/{task}"] > 0 and meta["rows"]["stage2/opening-rest"] > 0
     assert all(read_task(tmp_path / "out/retrieval" / task, split)[2] for split in ("dev", "test"))
+
+
+SCRIPTS = {
+    "Chinese": ("", "韭葱喜欢深厚的土壤和充足阳光水分种子春天播下夏天收获冬季寒冷根茎叶"),
+    "Japanese": ("", "ねぎは日当たりのよい深い土を好みます水をやり春に種をまき夏に収穫する"),
+    "Thai": ("", "กขคงจฉชซดตถทธนบปผพฟมยรลวศสหอ"),
+    "Russian": (" ", "лук любит глубокую почву много солнца и воды семена сеют весной".split()),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_other_scripts_are_read_and_unknown_text_is_a_warning(script, notes, tmp_path, capsys):
+    separator, units = SCRIPTS[script]
+    rng = np.random.default_rng(0)
+    (tmp_path / "notes").mkdir()
+    for i in range(30):
+        parts = [separator.join(rng.choice(list(units), n)) for n in (6, 40, 6, 40)]
+        text = "# {}\n\n{}\n\n## {}\n\n{}\n".format(*parts)
+        (tmp_path / "notes" / f"{i}.md").write_text(text, encoding="utf-8")
+    meta = prepare_folder(tmp_path / "notes", tmp_path / "own")
+    printed = capsys.readouterr().out
+    assert meta["rows"]["stage3/heading-section"] > 20 and "warning" not in printed
+    assert float(re.search(r"([\d.]+)% of [\d,]+ tokens are \[UNK\]", printed)[1]) < 5
+    english = f"--tokenizer={notes}/out/tokenizer.json"
+    prepare_folder(tmp_path / "notes", tmp_path / "english", english)
+    assert "the tokenizer does not know this text" in capsys.readouterr().out
 
 
 def test_what_is_added_is_there_token_for_token_without_what_is_held_out(notes, tmp_path):

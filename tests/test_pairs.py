@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
+from tiny import cases
 
 from common.files import load_tokenizer
 from common.options import InputError
@@ -161,7 +162,7 @@ def test_limit_takes_the_first_rows_and_the_same_command_does_nothing(tmp_path, 
     assert prepare(out, file, "--limit=50", "--show=3") == meta
     printed = capsys.readouterr().out
     assert "nothing to do" in printed and printed.count("\n---") == 3
-    with pytest.raises(InputError, match="out is made from other inputs: choose another --out"):
+    with pytest.raises(InputError, match=r"out was made from other inputs \(limit\): remove it"):
         prepare(out, file)
 
 
@@ -236,7 +237,7 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("arguments, reason", COMMANDS)
+@cases("arguments, reason", COMMANDS)
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, arguments, reason):
     monkeypatch.chdir(tmp_path)
     lines = b'{"query": "a question", "document": "its answer"}\n' * 3000

@@ -17,6 +17,13 @@ SMALL += ["--intermediate-size=64", "--steps=6", "--batch-size=8", "--log-every=
 SMALL += ["--eval-every=0"]
 
 
+def cases(names, rows):
+    """parametrize, where each test's name says which of how many inputs it is."""
+    rows = list(rows)
+    ids = [f"{i} of {len(rows)}" for i in range(1, len(rows) + 1)]
+    return pytest.mark.parametrize(names, rows, ids=ids)
+
+
 def tiny_model(tokenizer=None, cls=NomicBert, **shape):
     """A model with random weights that computes in float32; trained length 128."""
     torch.manual_seed(0)
