@@ -17,7 +17,10 @@ The loss is that of stage 2. Each query sees the documents of the whole batch, a
 negatives of the whole batch, as in the released code; the paper's eq. 2 has a query's own only.
 """
 
+import contextlib
+import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from common import distributed
+from common.device import move_to_device
 from common.files import write_whole
 from common.options import InputError, cli, read_options
 from common.run import Run, adamw, set_lr
@@ -236,22 +240,30 @@ def mine_source(model, source, config):
     return mined
 
 
-def mine(model, sources, config, step):
+def mine(model, sources, config, run):
     """Mines each source with the model that the run starts with: name -> negatives (n, k). Sources
     that bring negatives keep those ("if not already mined", sec. 4.2.4).
 
-    They stay in OUT/negatives.npz: a run that continues at a later step has another model, and
-    needs the same negatives."""
-    path = Path(config.out, "negatives.npz")
-    if not distributed.call_everywhere(path.is_file):
-        if step:
-            raise InputError(f"{path} is missing: the run cannot continue without its negatives")
-        without = [source for source in sources if "negative" not in source.columns]
+    They stay in OUT/negatives.npz, with the settings that they depend on: a run that continues at a
+    later step has another model, and needs the same negatives."""
+    path, settings = Path(config.out, "negatives.npz"), json.dumps(run.settings, sort_keys=True)
+    without, mined = [source for source in sources if "negative" not in source.columns], None
+    with contextlib.suppress(Exception):  # damaged files raise many types
+        kept = dict(np.load(path))
+        if str(kept.pop("settings")) == settings:
+            mined = {source.name: kept[source.name] for source in without}
+    if not all(distributed.gather_objects(mined is not None)):
+        if run.step:
+            raise InputError(
+                f"{path} is missing, damaged or of another run: this run cannot continue without "
+                "the negatives that it began with"
+            )
         mined = {source.name: mine_source(model, source, config) for source in without}
         if distributed.is_first():
-            write_whole(path, lambda temporary: np.savez(open(temporary, "wb"), **mined))
+            arrays = {**mined, "settings": settings}
+            write_whole(path, lambda temporary: np.savez(open(temporary, "wb"), **arrays))
     distributed.wait_for_all()
-    return dict(np.load(path))
+    return mined
 
 
 def choose_negatives(source, mined, row, count, max_tokens, rng):
@@ -286,13 +298,13 @@ def matryoshka_sizes(hidden_size):
     return [size for size in (64, 128, 256, 512) if size < hidden_size] + [hidden_size]
 
 
-def matryoshka_loss(query, document, temperature, first, sizes):
+def matryoshka_loss(query, document, temperature, first, sizes, keys=None):
     """InfoNCE of the first dimensions, for each of the sizes, all with weight 1: so the beginning
     of an embedding becomes one. (v1.5 also subtracts each embedding's mean before.)"""
     loss = 0.0
     for size in sizes:
         q, d = F.normalize(query[:, :size], dim=-1), F.normalize(document[:, :size], dim=-1)
-        loss = loss + info_nce_in_blocks(q, d, temperature, first)
+        loss = loss + info_nce_in_blocks(q, d, temperature, first, keys)
     return loss
 
 
@@ -316,7 +328,7 @@ def main(arguments):
     betas, eps = (0.9, 0.999), 1e-8
     optimizer = adamw(model, config.lr, config.weight_decay, betas, eps)
     run.begin(model, optimizer, **model.about(), **pairs.about())
-    mined = mine(model, sources, config, run.step) if config.negatives else {}
+    mined = mine(model, sources, config, run) if config.negatives else {}
     share, negatives = config.batch_size // world, config.negatives  # pairs of this process
     size = model.config.hidden_size
     sizes = matryoshka_sizes(size) if config.matryoshka else [size]
@@ -331,17 +343,19 @@ def main(arguments):
         for row in rows if negatives else ():
             rng = np.random.default_rng([config.seed, step, row])
             texts += choose_negatives(source, mined, row, negatives, config.document_tokens, rng)
-        return source.name, texts
+        return source.name, texts, store.text_keys(texts[share:])
 
-    def loss_of(embeddings):  # (2 * share + share * negatives, E)
-        query, document, negative = embeddings.tensor_split([share, 2 * share])
-        candidates = torch.cat((gather(document), gather(negative)))  # of all processes
-        loss = matryoshka_loss(query, candidates, config.temperature, rank * share, sizes)
+    def loss_of(keys, embeddings):  # (share + share * negatives,), (2 * share + ..., E)
+        query, *candidates = embeddings.tensor_split([share, 2 * share])
+        candidates = torch.cat([gather(part) for part in candidates])  # of all processes
+        keys = torch.cat([gather(part) for part in keys.tensor_split([share])])
+        loss = matryoshka_loss(query, candidates, config.temperature, rank * share, sizes, keys)
         return loss / config.batch_size  # this process's part of the mean over the batch
 
-    for step, (source, texts) in run.steps(batch_of):
+    for step, (source, texts, keys) in run.steps(batch_of):
         optimizer.zero_grad()
-        loss = backward_batch(model, texts, loss_of, config)
+        keys = move_to_device(keys, device)
+        loss = backward_batch(model, texts, partial(loss_of, keys), config)
         distributed.sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         lr = set_lr(optimizer, learning_rate(step, config))

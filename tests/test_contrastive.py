@@ -20,6 +20,7 @@ from contrastive import (
     keep_only_embeddings,
     learning_rate,
 )
+from data.store import text_keys
 
 
 def unit_rows(n, E=16, seed=0):
@@ -42,12 +43,28 @@ def test_info_nce_of_equal_embeddings_is_ln_n_and_of_perfect_ones_almost_0():
     assert info_nce(rows, rows, 0.02).item() / 8 < 1e-6
 
 
+def test_copies_of_the_right_document_are_no_negatives():
+    """64 pairs with 8 different documents: with the copies no loss is below ln 8."""
+    texts = [np.array([5, 6 + i % 8, 9]) for i in range(64)]
+    keys, rows = text_keys(texts), unit_rows(8)[torch.arange(64) % 8]
+    assert len(set(keys.tolist())) == 8
+    assert info_nce(rows, rows, 0.02).item() / 64 == pytest.approx(math.log(8))
+    assert info_nce(rows, rows, 0.02, keys=keys).item() / 64 < 1e-6
+    document = unit_rows(64, seed=3)
+    by_hand = 0.0
+    for i in range(64):
+        others = [j for j in range(64) if j == i or j % 8 != i % 8]
+        by_hand -= F.log_softmax(rows[i] @ document[others].T / 0.02, 0)[others.index(i)].item()
+    assert info_nce(rows, document, 0.02, keys=keys).item() == pytest.approx(by_hand)
+
+
 @pytest.mark.parametrize("logits_in_memory", [1, 1000, 10_000])
 def test_info_nce_in_blocks_is_info_nce_of_the_whole_matrix(logits_in_memory):
     results = []
+    keys = torch.arange(100) % 40
     for function, more in ((info_nce, ()), (info_nce_in_blocks, (logits_in_memory,))):
         query, document = (unit_rows(100, seed=i).requires_grad_() for i in (1, 2))
-        loss = function(query[:60], document, 0.05, 30, *more)
+        loss = function(query[:60], document, 0.05, 30, keys, *more)
         loss.backward()
         results.append((loss.detach(), query.grad, document.grad))
     for whole, blocks in zip(*results, strict=True):
@@ -58,7 +75,7 @@ def test_no_more_logits_are_in_memory_than_allowed():
     query, document = (torch.randn(512, 16).requires_grad_() for _ in range(2))
     for logits_in_memory in (64 * 512, 512 * 512):
         with LargestTensor() as largest:
-            info_nce_in_blocks(query, document, 0.05, 0, logits_in_memory).backward()
+            info_nce_in_blocks(query, document, 0.05, 0, None, logits_in_memory).backward()
         assert largest.elements == logits_in_memory
 
 

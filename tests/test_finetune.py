@@ -1,5 +1,7 @@
 """Hard negatives are hard, and negative; first dimensions become embeddings."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,9 @@ def source(tokenizer, tmp_path):
     return write_source(tmp_path / "source", PAIRS, tokenizer)
 
 
+RUN = SimpleNamespace(step=0, settings={"seed": 0})
+
+
 def settings(out, **values):
     return Config(**{"out": str(out), "mined": 29, "margin": np.inf, **values})
 
@@ -86,7 +91,7 @@ def test_copies_and_answers_to_an_equal_query_are_no_negatives(source, tokenizer
     """At margin inf, so that only the marks can tell."""
     length = len(source.texts("document", [1], 99)[0])
     config = settings(tmp_path / "out", document_tokens=length)
-    mined = mine(tiny_model(tokenizer), [source], config, 0)["source"]
+    mined = mine(tiny_model(tokenizer), [source], config, RUN)["source"]
     copies, equal_as_read, two_answers = {0, 26}, {1, 27}, {2, 28}
     for answers in (copies, equal_as_read, two_answers):
         for row in answers:
@@ -99,7 +104,7 @@ def test_copies_and_answers_to_an_equal_query_are_no_negatives(source, tokenizer
 def test_mining_equals_its_plain_twin(source, tokenizer, tmp_path):
     """All scores, sorted. Of rows 0 and 26, whose documents are equal, 0 is the one that counts."""
     model, config = tiny_model(tokenizer), settings(tmp_path / "out", mined=5, margin=1.0)
-    mined = mine(model, [source], config, 0)["source"]
+    mined = mine(model, [source], config, RUN)["source"]
     query = model.encode([f"q: {query}" for query, _ in PAIRS], config.query_tokens)
     document = model.encode([f"d: {text}" for _, text in PAIRS], config.document_tokens)
     scores, filled_up = query @ document.T, 0
@@ -120,7 +125,7 @@ def mine_in_chunks_of_4(rank, world, source, model, folder):
         file = f"file://{folder}/store"
         torch.distributed.init_process_group("gloo", file, rank=rank, world_size=world)
     distributed.compute_in_shares.__defaults__ = (4,)
-    mine(model, [source], settings(folder / str(world), mined=5, margin=1.0), 0)
+    mine(model, [source], settings(folder / str(world), mined=5, margin=1.0), RUN)
 
 
 def test_two_processes_mine_what_one_does(source, tokenizer, tmp_path):
@@ -136,7 +141,25 @@ def test_a_query_that_all_documents_answer_is_named(tokenizer, tmp_path):
     pairs = [("the same query", f"text {word}") for word in WORDS[:5]]
     source = write_source(tmp_path / "source", pairs, tokenizer)
     with pytest.raises(InputError, match="of 5 different documents, 5 answer the same query"):
-        mine(tiny_model(tokenizer), [source], settings(tmp_path / "out"), 0)
+        mine(tiny_model(tokenizer), [source], settings(tmp_path / "out"), RUN)
+
+
+def test_negatives_of_another_run_and_damaged_ones_are_mined_again_or_refused(
+    source, tokenizer, tmp_path
+):
+    model, config, path = tiny_model(tokenizer), settings(tmp_path), tmp_path / "negatives.npz"
+    later = SimpleNamespace(step=3, settings=RUN.settings)
+    mined = mine(model, [source], config, RUN)["source"]
+    whole = path.read_bytes()
+    assert np.array_equal(mine(model, [source], config, later)["source"], mined)
+    other = tiny_model(tokenizer, hidden_size=32)
+    np.savez(tmp_path / "foreign.npz", source=mined[::-1], settings="{}")
+    foreign = (tmp_path / "foreign.npz").read_bytes()
+    for damaged in (whole[:-40], b"", whole.replace(b"source", b"sauce!"), foreign):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="is missing, damaged or of another run"):
+            mine(other, [source], config, later)
+        assert np.array_equal(mine(model, [source], config, RUN)["source"], mined)
 
 
 def test_negatives_are_drawn_from_those_that_were_mined(source):
@@ -164,7 +187,7 @@ def test_a_source_keeps_the_negatives_that_it_brings(tokenizer, tmp_path):
     writer.append(columns, [""] * len(WORDS), negatives)
     writer.finish()
     source = store.Source(tmp_path / "own", tokenizer)
-    mined = mine(tiny_model(tokenizer), [source], settings(tmp_path / "out"), 0)
+    mined = mine(tiny_model(tokenizer), [source], settings(tmp_path / "out"), RUN)
     assert mined == {} and source.negatives(5) == range(8, 10)
     own = [ids.tolist() for ids in source.texts("negative", source.negatives(5), 64)]
     (right,) = source.texts("document", [0], 64)
