@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ import torch
 from common.card import TITLES, write_card
 from common.checkpoint import find_checkpoint
 from common.device import best_device
-from common.files import fingerprint, read_json, write_json, write_whole
+from common.files import fingerprint, read_json, read_json_lines, write_json, write_whole
 from common.options import InputError, cli, read_options, split_words
 from data.store import Sequences, Source
 from data.tasks import PREFIXES, read_scored_pairs, read_task, splits_of
@@ -47,9 +46,9 @@ class Options:
     out: str = "out"  # where the stages' runs are; results.json and pictures go there too
     model: str = ""  # a checkpoint directory or a name on the hub; empty: the last stage trained
     split: str = "test"  # held-out modules of the ladder: test, or dev while tuning
-    max_tokens: int = 0  # texts are truncated to this length; 0: the trained length [0, 1e6]
+    max_tokens: int = 0  # texts are truncated to this, at least 3; 0: the trained length [0, 1e6]
     dims: int = 0  # sts, retrieval, mteb: the first dimensions only (Matryoshka); 0: all [0, 1e6]
-    rope_factor: float = 0.0  # sts, retrieval, mteb: Dynamic NTK's s; 0: as it is saved [0, 1000]
+    rope_factor: float = 0.0  # sts, retrieval, mteb: Dynamic NTK's s, from 1; 0: as saved [0, 1000]
     tasks: str = ""  # mteb: names of tasks, with commas between them
     seed: int = 0  # of the random weights [0, 1e18]
 
@@ -90,9 +89,11 @@ METRICS = {
 
 
 def pearson(x, y):
-    """Correlation: sum (x - mean x)(y - mean y) over the product of their lengths; -1 to 1."""
+    """Correlation: sum (x - mean x)(y - mean y) over the product of their lengths; -1 to 1.
+    Where all x or all y are equal it is not defined: None."""
     x, y = np.asarray(x, float) - np.mean(x), np.asarray(y, float) - np.mean(y)
-    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+    lengths = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / lengths) if lengths else None
 
 
 def ranks(x):
@@ -108,9 +109,10 @@ def spearman(x, y):
 
 
 def summary(values):
-    """Mean and standard error."""
-    values = np.asarray(values, float)
-    return {"mean": values.mean(), "error": values.std(ddof=1) / math.sqrt(len(values))}
+    """Mean and standard error; of a single value there is no error: None."""
+    values, n = np.asarray(values, float), len(values)
+    error = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+    return {"mean": float(values.mean()), "error": error}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -194,7 +196,8 @@ class Retrieval:
     def rank_bm25(self, split_identifiers=False, k=100):
         """The same by BM25, word matching that needs no training and is hard to beat, so that no
         table goes without it (bm25s with its defaults). split_identifiers: read_csv is also `read`
-        and `csv`, as our tokenizer reads it; the stronger baseline on code."""
+        and `csv`, as our tokenizer reads it; the stronger baseline on code. Documents that share no
+        word with a query are not found: -1."""
         import bm25s
 
         documents, queries = (
@@ -204,7 +207,8 @@ class Retrieval:
         index, quiet = bm25s.BM25(), {"show_progress": False}
         index.index(bm25s.tokenize(documents, **quiet), **quiet)
         words = bm25s.tokenize(queries, **quiet)
-        return index.retrieve(words, k=min(k, len(documents)), **quiet)[0]
+        found = index.retrieve(words, k=min(k, len(documents)), **quiet)
+        return np.where(found.scores > 0, found.documents, -1)
 
     def scores(self, rankings):
         """metric -> its value for each query."""
@@ -261,7 +265,8 @@ def ladder(options):
 
 
 def shown(score):
-    return f"{score['mean']:.3f} ±{score['error']:.3f}"
+    error = "" if score["error"] is None else f" ±{score['error']:.3f}"
+    return f"{score['mean']:.3f}{error}"
 
 
 def means(row):
@@ -387,8 +392,9 @@ def sts(options, path):
     )
     cosines = (x * y).sum(1)
     found = {"Spearman": spearman(cosines, scores), "Pearson": pearson(cosines, scores)}
-    print(f"{Path(path).name}, {len(scores):,} pairs: Spearman {found['Spearman']:.4f}, "
-          f"Pearson {found['Pearson']:.4f}")  # fmt: skip
+    values = ["not defined" if value is None else f"{value:.4f}" for value in found.values()]
+    named = ", ".join(map(" ".join, zip(found, values, strict=True)))
+    print(f"{Path(path).name}, {len(scores):,} pairs: {named}")
     save_results(options.out, f"sts {path}", found)
     record(directory, f"similarity of the pairs in {Path(path).name}", found)
 
@@ -436,20 +442,19 @@ def mteb(options):
 # Search
 
 
-def index(model, directory, corpus, max_tokens):
-    """Embeddings (n, E) of the documents of a corpus.jsonl, kept beside the checkpoint: to embed
+def index(model, directory, corpus, rows, max_tokens):
+    """Embeddings (n, E) of the rows of the file `corpus`, kept beside the checkpoint: to embed
     them takes the time. A query then is one text through the model and one matrix product."""
     key = " ".join(
         [str(max_tokens), fingerprint(directory / "model.safetensors"), fingerprint(corpus)]
     )
-    cache = directory / "search.npz"
+    cache = directory / "nanoembed-search.npz"
     with contextlib.suppress(Exception):  # a damaged cache is made again
         kept = np.load(cache)
-        if str(kept["key"]) == key:
+        if str(kept["key"]) == key and len(kept["embeddings"]) == len(rows):
             return kept["embeddings"].astype(np.float32)
-    texts = [json.loads(line)["text"] for line in corpus.read_bytes().splitlines()]
-    print(f"embedding {len(texts):,} documents, once for this checkpoint", file=sys.stderr)
-    embeddings = model.encode([PREFIXES["document"] + text for text in texts], max_tokens)
+    print(f"embedding {len(rows):,} documents, once for this checkpoint", file=sys.stderr)
+    embeddings = model.encode([PREFIXES["document"] + row["text"] for row in rows], max_tokens)
     embeddings = embeddings.astype(np.float16)
     with contextlib.suppress(InputError):  # a read-only checkpoint is searched without a cache
         write_whole(cache, lambda p: np.savez(open(p, "wb"), key=key, embeddings=embeddings))
@@ -464,11 +469,18 @@ def search(options, query=None):
     corpus = Path(options.data, "search", "corpus.jsonl")
     if not corpus.is_file():
         raise InputError(f"{corpus} is missing: python data/pydocs.py makes out/pydocs")
-    embeddings, rows = index(model, directory, corpus, length), corpus.read_bytes().splitlines()
+    rows = []  # names may repeat, so this is not read_texts
+    for number, row in read_json_lines(corpus):
+        if not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
+            raise InputError(f'{corpus}, line {number}: not {{"_id": "...", "text": "..."}}')
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{corpus} has no documents")
+    embeddings = index(model, directory, corpus, rows, length)
     for asked in typed_queries() if query is None else [query]:
         scores, numbers = top_k(model.encode([PREFIXES["query"] + asked]), embeddings, k=10)
         for score, number in zip(scores[0], numbers[0], strict=True):
-            row = json.loads(rows[number])
+            row = rows[number]
             text = " ".join(row["text"].removeprefix(row["_id"]).split())
             print(f"{score:.3f}  {row['_id']}\n       {text[:90]}")
 

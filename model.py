@@ -22,7 +22,7 @@ V vocabulary, M masked positions. Modules have the names of the published checkp
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -324,16 +324,23 @@ class NomicBert(nn.Module):
         A task prefix such as "search_query: " is part of the text. Texts are truncated to
         max_tokens; beyond the trained length RoPE scales as `self.rope` says. dims: the first
         dimensions only, after Matryoshka; None is all. micro_batch_tokens: how many tokens go
-        through the model at once; None is what suits the device. Raises InputError for dims out of
-        range, a string in place of a list, a model without tokenizer."""
+        through the model at once; None is what suits the device. Raises InputError for numbers out
+        of range, for anything but strings, and without a tokenizer."""
         size = self.config.hidden_size
-        if dims is not None and not 0 < dims <= size:
+        if dims is not None and dims not in range(1, size + 1):
             raise InputError(f"dims={dims}: embeddings of this model have {size} dimensions")
-        if isinstance(texts, str):
+        if max_tokens not in range(3, 10**9):
+            raise InputError(f"max_tokens={max_tokens}: [CLS], a token and [SEP] make at least 3")
+        if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
             raise InputError("encode takes a list of texts: write [text]")
         if self.tokenizer is None:
             raise InputError("there was no tokenizer.json beside the model: set model.tokenizer")
         texts = list(texts)
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"text {i} is a {type(text).__name__}, not a string")
+            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+                raise InputError(f"text {i} is no valid Unicode: it has half of a surrogate pair")
         texts = [
             truncate(np.array(encoding.ids), max_tokens)
             for start in range(0, len(texts), 10_000)  # an encoding takes more memory than its ids
@@ -470,6 +477,8 @@ def training_flops(config, lengths, masked_share=0.0):
 
 def open_model(cls, where, dtype, rope_factor, device):
     """The model of class cls that a directory or a name on the hub holds."""
+    if rope_factor is not None and not 1 <= rope_factor <= 1000:
+        raise InputError(f"rope_factor={rope_factor}: give a number from 1 to 1000")
     directory = checkpoint.find_checkpoint(where)
     config = ModelConfig(**checkpoint.read_config(directory))
     weights = checkpoint.read_weights(directory)

@@ -2,10 +2,10 @@
 
 Nothing is in the card that run.json, log.jsonl and results.json do not say."""
 
-import json
 from pathlib import Path
 
-from common.files import read_json, read_lines, write_text
+from common.files import read_json, read_json_lines, write_text
+from common.options import InputError
 
 TITLES = {
     "mlm": "stage 1, masked language modelling",
@@ -45,11 +45,21 @@ Every text begins with the prefix of its task: `search_query: `, `search_documen
 
 
 def write_card(directory):
-    """Writes DIRECTORY/README.md from the files of its run."""
+    """Writes DIRECTORY/README.md from the files of its run. Raises InputError naming the file that
+    cannot be read."""
     directory = Path(directory)
+    try:
+        write_text(directory / "README.md", card_of(directory))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{directory}: run.json, log.jsonl or results.json is not as a run writes it: {error!r}"
+        ) from None
+
+
+def card_of(directory):
     run, latest = read_json(directory / "run.json"), {}
-    for _, line in read_lines(directory / "log.jsonl"):
-        latest |= json.loads(line)
+    for _, record in read_json_lines(directory / "log.jsonl"):
+        latest |= record
     rows = [("held-out text, log.jsonl", k, v) for k, v in latest.items() if k.startswith("dev_")]
     rows += [("training, log.jsonl", "loss", latest["loss"])] if "loss" in latest else []
     if (directory / "results.json").is_file():
@@ -57,7 +67,7 @@ def write_card(directory):
             rows += [(task, metric, value) for metric, value in scores.items()]
     options, origin = run["options"], run["origin"]
     given = [f"--{k.replace('_', '-')}={options[k]}" for k in origin if origin[k] == "option"]
-    card = TEMPLATE.format(
+    return TEMPLATE.format(
         name=directory.name,
         directory=directory,
         pipeline="fill-mask" if run["stage"] == "mlm" else "sentence-similarity",
@@ -71,7 +81,6 @@ def write_card(directory):
         options=table(("option", "value", "from"), [(k, v, origin[k]) for k, v in options.items()]),
         results=table(("on", "metric", "value"), rows) if rows else "None yet.",
     )
-    write_text(directory / "README.md", card)
 
 
 def table(head, rows):

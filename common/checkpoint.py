@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common.files import load_tokenizer, read_json, write_json, write_whole
+from common.files import load_tokenizer, read_json, read_lines, write_json, write_whole
 from common.options import InputError
 
 MAX_TOKENS = 8192  # `encode` and SentenceTransformer truncate texts there (sec. 5.2.4)
@@ -82,7 +82,7 @@ def read_config(directory):
         name = next((name for name in names if values.get(name) is not None), names[0])
         value = values.get(name)
         if type(value) not in (int, kind) or not 0 < value < 1e9:
-            raise InputError(f"{path}: {name} is {value!r}, not a number from 0 to 1e9")
+            raise InputError(f"{path}: {name} is {repr(value)[:60]}, not a number from 0 to 1e9")
         return value
 
     if config.get("model_type") != "nomic_bert":
@@ -233,7 +233,7 @@ def has_layer_norm(directory):
     if modes - {"mean", "pooling_mode_mean_tokens"} or pooling.get("include_prompt") is False:
         raise InputError(f"{path}: {pooling}; this model takes the mean of all tokens")
     path = directory / "modules.json"
-    return path.is_file() and "LayerNorm" in path.read_text(encoding="utf-8")
+    return path.is_file() and any("LayerNorm" in line for _, line in read_lines(path))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Files: read with an error that names them, written whole or not at all."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -11,18 +12,21 @@ from tokenizers import Tokenizer
 
 from common.options import InputError
 
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
 
 def write_whole(path, write):
     """Replaces a file as a whole: write(temporary path), then rename. A kill at any moment leaves
     the old file or the new one. Raises InputError where it cannot be written."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.nanoembed.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except Exception as error:  # torch, safetensors and tokenizers each raise errors of their own
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write {path}: {reason}; the file before is untouched") from None
 
@@ -48,6 +52,22 @@ def read_json(path):
     return values
 
 
+def read_json_lines(path):
+    """(number, object) for each line of a JSON lines file; blank lines are skipped.
+
+    Raises InputError naming the line that is no object."""
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
+            raise InputError(f"{path}, line {number}: not a JSON object: {line[:60]}")
+        yield number, values
+
+
 def read_lines(path):
     """(number, line) for each line of a text file, plain or gzipped; FILE.gz stands for FILE.
 
@@ -67,17 +87,19 @@ def read_lines(path):
 
 
 def fingerprint(content):
-    """16 hexadecimal digits of the SHA-256 of a tokenizer, or of a file given by its path.
+    """16 hexadecimal digits of the SHA-256 of a tokenizer, of bytes, or of the file at a path.
 
     Token ids fit a model if and only if both were made with the same tokenizer."""
-    is_tokenizer = isinstance(content, Tokenizer)
-    data = content.to_str().encode() if is_tokenizer else Path(content).read_bytes()
+    if isinstance(content, Tokenizer):
+        content = content.to_str().encode()
+    data = content if isinstance(content, bytes) else Path(content).read_bytes()
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def load_tokenizer(folder):
     """The tokenizer.json of a data folder or a checkpoint directory, or that file itself. It
-    neither truncates nor pads. Raises InputError where there is none."""
+    neither truncates nor pads. Raises InputError where there is none, or one that does not make
+    [CLS] text [SEP], with ids from 0 to the size of its vocabulary."""
     path = Path(folder) if Path(folder).suffix == ".json" else Path(folder, "tokenizer.json")
     if not path.is_file():
         raise InputError(
@@ -89,4 +111,11 @@ def load_tokenizer(folder):
         raise InputError(f"{path} is not a tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    ids = tokenizer.get_vocab()
+    if missing := [token for token in SPECIAL_TOKENS if token not in ids]:
+        raise InputError(f"{path} has no token {missing[0]}")
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise InputError(f"{path}: the ids of its tokens are not 0 to {len(ids) - 1}")
+    if tokenizer.encode("").ids != [ids["[CLS]"], ids["[SEP]"]]:
+        raise InputError(f"{path} does not put [CLS] before a text and [SEP] behind it")
     return tokenizer

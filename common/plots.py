@@ -1,11 +1,12 @@
 """Pictures of what runs and evaluations left behind: `python evaluate.py plot`."""
 
-import json
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 
-from common.files import read_json, read_lines
+from common.files import read_json, read_json_lines, write_whole
+from common.options import InputError
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
@@ -32,7 +33,7 @@ def plot_all(out):
     out, made = Path(out), []
     results = read_json(out / "results.json") if (out / "results.json").is_file() else {}
     logs = {
-        stage: [json.loads(line) for _, line in read_lines(out / stage / "log.jsonl")]
+        stage: [record for _, record in read_json_lines(out / stage / "log.jsonl")]
         for stage in TITLES
         if (out / stage / "log.jsonl").is_file()
     }
@@ -43,12 +44,17 @@ def plot_all(out):
     )
     with plt.rc_context(STYLE):
         for name, draw, content in pictures:
-            if content:
+            if not content:
+                continue
+            try:
                 figure = draw(content)
-                figure.tight_layout()
-                figure.savefig(out / f"{name}.png", dpi=130)
-                plt.close(figure)
-                made.append(out / f"{name}.png")
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{out}: no picture of {name} from its files: {error!r}") from None
+            figure.tight_layout()
+            path = out / f"{name}.png"
+            write_whole(path, partial(figure.savefig, dpi=130, format="png"))
+            plt.close(figure)
+            made.append(path)
     return made
 
 
@@ -91,7 +97,7 @@ def draw_ladder(rows):
         scores = [rows[name][task]["nDCG@10"] for name in names]
         means = [score["mean"] for score in scores]
         colors = [GREY if name.startswith("BM25") else BLUE for name in names]
-        axis.barh(names, means, xerr=[score["error"] for score in scores], color=colors)
+        axis.barh(names, means, xerr=[score["error"] or 0 for score in scores], color=colors)
         for place, mean in enumerate(means):
             axis.text(mean + 0.02, place, f"{mean:.2f}", va="center")
         query, document = task.split("-")[0], task.split("-")[-1]
@@ -112,7 +118,7 @@ def draw_length(results):
     ):
         for (name, row), color in zip(table.items(), (GREY, GREEN, ORANGE, BLUE), strict=True):
             lengths = [int(length) for length in row]
-            mean, error = ([row[n][metric][k] for n in row] for k in ("mean", "error"))
+            mean, error = ([row[n][metric][k] or 0 for n in row] for k in ("mean", "error"))
             style = {"color": color, "label": name, "marker": "o", "ms": 3, "capsize": 2}
             axis.errorbar(lengths, mean, error, **style)
         axis.axvline(trained, color="black", lw=0.8, ls=":")

@@ -80,8 +80,9 @@ class Run:
             names = {path.name for path in self.out.iterdir()} if self.out.exists() else set()
         except OSError as error:
             raise InputError(f"--out={self.out}: {error.strerror}") from None
+        names = {name for name in names if not name.endswith(".nanoembed.tmp")}  # of a kill
         begun = read_json(self.out / "run.json").get("stage") if "run.json" in names else None
-        if begun != self.stage and not names <= {"run.json.tmp", "log.jsonl"}:
+        if begun != self.stage and not names <= {"log.jsonl"}:
             raise InputError(
                 f"{self.out} holds something other than a run of {self.stage}.py: choose another "
                 "--out"
@@ -98,7 +99,9 @@ class Run:
             return
         try:
             self.state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-            before, self.step = self.state["settings"], self.state["step"]
+            before, self.step = dict(self.state["settings"]), self.state["step"]
+            if self.step not in range(self.config.steps + 1) and before == self.settings:
+                raise ValueError(f"step {self.step}")
         except Exception as error:  # a damaged file raises many types
             raise InputError(
                 f"{path} is damaged ({type(error).__name__}): remove {self.out} to begin again"
@@ -134,9 +137,13 @@ class Run:
         try:
             self.model.load_state_dict(self.state["model"])
             self.optimizer.load_state_dict(self.state["optimizer"])
+            for parameter, moments in self.optimizer.state.items():
+                shapes = {moments[name].shape for name in ("exp_avg", "exp_avg_sq")}
+                if shapes != {parameter.shape}:  # AdamW would not notice, and read beyond the end
+                    raise ValueError(f"moments of {shapes} for weights of {parameter.shape}")
         except Exception as error:
             reason = str(error).split("\n")[-1].strip()
-            raise InputError(f"{self.out}/state.pt is of another model: {reason}") from None
+            raise InputError(f"{self.out}/state.pt is not of this model: {reason}") from None
         self.state = None
         print_once(f"continuing {self.out} at step {self.step}")
 

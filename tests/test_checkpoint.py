@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import cases, tiny_model
 
 from common.options import InputError
 from model import NomicBert, NomicBertForMaskedLM
@@ -234,7 +234,7 @@ NO_FACTOR = {"rope_theta": 1000.0, "rope_type": "dynamic", "factor": None}
 NORM, BIAS = "encoder.layers.1.norm1.weight", "encoder.layers.0.attn.Wqkv.bias"
 
 
-@pytest.mark.parametrize(
+@cases(
     ("name", "change", "message"),
     [
         (CONFIG, None, "config.json cannot be read: No such"),
@@ -252,6 +252,9 @@ NORM, BIAS = "encoder.layers.1.norm1.weight", "encoder.layers.0.attn.Wqkv.bias"
         (CONFIG, {"intermediate_size": 256}, "fc11.weight is .128, 64., .* asks for .256, 64"),
         (CONFIG, {"num_hidden_layers": 3}, "has 2 layers, config.json asks for 3"),
         ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "takes the mean of all tokens"),
+        ("1_Pooling/config.json", {"pooling_mode": ["mean"]}, "takes the mean of all tokens"),
+        ("1_Pooling/config.json", "[]", "config.json holds a list"),
+        ("modules.json", lambda data: b"\xff", "modules.json cannot be read"),
         (WEIGHTS, None, "model.safetensors cannot be read"),
         (WEIGHTS, lambda data: data[:-100], "model.safetensors cannot be read"),
         (WEIGHTS, {NORM: None}, "norm1.weight is missing"),
@@ -293,6 +296,51 @@ def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(
     tiny_model(data_tokenizer, vocab_size=vocab_size).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"has 2048 tokens, vocab_size in .* is {vocab_size}"):
         NomicBert.from_pretrained(tmp_path)
+
+
+def edited_tokenizer(edit):
+    def change(data):
+        values = json.loads(data)
+        edit(values)
+        return json.dumps(values).encode()
+
+    return change
+
+
+def without(token):
+    def edit(values):
+        values["added_tokens"] = [t for t in values["added_tokens"] if t["content"] != token]
+        ids = values["model"]["vocab"]
+        last = max(ids, key=ids.get)
+        ids[last] = ids.pop(token)  # no hole
+
+    return edit
+
+
+def with_a_hole(values):
+    ids = values["model"]["vocab"]
+    ids[max(ids, key=ids.get)] += 7
+
+
+@cases(
+    ("edit", "message"),
+    [
+        (without("[MASK]"), "tokenizer.json has no token .MASK"),
+        (without("[PAD]"), "tokenizer.json has no token .PAD"),
+        (with_a_hole, "tokenizer.json: the ids of its tokens are not 0 to"),
+        (lambda values: values.update(post_processor=None), "does not put .CLS. before a text"),
+    ],
+)
+def test_a_tokenizer_that_training_could_not_use_is_refused(directory, edit, message):
+    damage(directory / "tokenizer.json", edited_tokenizer(edit))
+    with pytest.raises(InputError, match=message):
+        NomicBert.from_pretrained(directory)
+
+
+@cases("factor", [0.5, 0.0, -1.0, float("nan"), float("inf")])
+def test_a_factor_of_dynamic_ntk_below_1_is_refused(directory, factor):
+    with pytest.raises(InputError, match="rope_factor=.*: give a number from 1 to 1000"):
+        NomicBert.from_pretrained(directory, rope_factor=factor)
 
 
 def test_code_beside_safetensors_is_never_executed(directory):

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from tiny import tiny_model, train
+from tiny import cases, tiny_model, train
 
 import contrastive
 import evaluate
@@ -97,20 +97,52 @@ def test_a_task_is_read_with_titles_and_prefixes_and_without_grade_0(tmp_path, e
     assert task.prefixes["query"] == "search_query: "
 
 
-@pytest.mark.parametrize(
+BAD_ROWS = [[], {"_id": "d7"}, {"text": "no id"}, {"_id": None, "text": "a"}]
+BAD_ROWS += [{"_id": "d99", "text": text} for text in (None, 3, ["a"])]
+BAD_ROWS += [{"_id": name, "text": "a"} for name in (1.5, True, ["a"])]
+BAD_ROWS += [{"_id": "d99", "title": ["a"], "text": "a"}]
+BAD_GRADES = ["1.5", "--5", "²", "high", "", "nan", "inf", "1e9"]
+
+
+@cases(
     ("damage", "message"),
     [
-        ({"corpus": [{"_id": "d7"}]}, "corpus.jsonl, line 1: not {"),
-        ({"queries": [*QUERIES, []]}, "queries.jsonl, line 3: not {"),
-        ({"qrels": ["q1 d7 1"]}, "test.tsv, line 1: not query-id, corpus-id, score with tabs"),
+        *[({"corpus": [*CORPUS, row]}, "corpus.jsonl, line 31: not ") for row in BAD_ROWS],
+        ({"corpus": [*CORPUS, CORPUS[3]]}, "corpus.jsonl, line 31: the _id d3 is there twice"),
+        ({"corpus": [{"_id": n, "text": "a"} for n in ("1", 1)]}, "line 2: the _id 1 is there tw"),
+        ({"queries": [*QUERIES, []]}, "queries.jsonl, line 3: not "),
+        ({"qrels": ["q1 d7 1"]}, "test.tsv, line 1: not query-id, corpus-id and score, separated"),
+        *[({"qrels": [f"q1\td7\t{g}"]}, f"line 1: the grade {g} is no whole") for g in BAD_GRADES],
         ({"qrels": [*QRELS, "q2\td99\t1"]}, "test.tsv, line 5: d99 is not in corpus.jsonl"),
         ({"qrels": [*QRELS, "q9\td3\t1"]}, "test.tsv, line 5: q9 is not in queries.jsonl"),
         ({"qrels": QRELS[:1]}, "test.tsv judges no document relevant"),
     ],
 )
 def test_a_bad_task_is_an_error_that_names_file_and_line(tmp_path, damage, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=re.escape(message)):
         Retrieval(write_task(tmp_path / "task", **damage), "test")
+
+
+@cases(
+    "qrels",
+    [
+        ["q1\td7\t2.0", "q2\td13\t1e0", "q1\td13\t-1"],
+        ["", *QRELS, "", " "],
+        ["\ufeffquery-id\tcorpus-id\tscore", *QRELS[1:]],
+        [f"{line}\r" for line in QRELS],
+    ],
+)
+def test_grades_in_any_notation_and_blank_lines_are_read(tmp_path, qrels):
+    task = Retrieval(write_task(tmp_path / "task", qrels=qrels), "test")
+    assert task.relevant == [{7: 2}, {13: 1}]
+
+
+def test_bm25_does_not_find_documents_without_a_word_of_the_query(tmp_path):
+    queries = [QUERIES[0], {"_id": "q2", "text": "xylophone"}]
+    task = Retrieval(write_task(tmp_path / "task", queries=queries), "test")
+    rankings = task.rank_bm25()
+    assert rankings[0, 0] == 7 and (rankings[1] == -1).all()
+    assert task.scores(rankings)["recall@100"] == [1.0, 0.0]
 
 
 def test_a_sampled_pool_keeps_every_relevant_document(tmp_path):
@@ -160,17 +192,26 @@ def test_scored_pairs_are_read_from_csv_and_tsv(tmp_path, name, header):
     assert list(zip(*columns, strict=True)) == PAIRS
 
 
-@pytest.mark.parametrize(
+def test_a_newline_within_quotes_and_a_long_field_are_part_of_the_sentence(tmp_path):
+    long = "long " * 40_000
+    rows = [("two\nlines", "one", 1.0), (long, "short", 2.0)]
+    first, second, _ = read_scored_pairs(write_pairs(tmp_path / "a.csv", rows))
+    assert (first, second) == (("two\nlines", long), ("one", "short"))
+
+
+@cases(
     ("text", "message"),
     [
         ("a,b,1\nc,d\n", "a.csv, line 2: not two sentences and a score, but 2 fields"),
-        ("a,b,1\nc,d,high\n", "a.csv, line 2: not two sentences and a score"),
+        ("a,b,1\nc,d,high\n", "a.csv, line 2: the score 'high' is no number"),
+        ("a,b,high\nc,d,1\n", "a.csv, line 1: the score 'high' is no number"),
+        ("a,b,nan\nc,d,1\n", "a.csv, line 1: the score nan is not finite"),
+        ("a,b,1\nc,d,-inf\n", "a.csv, line 2: the score -inf is not finite"),
         ("a,b,1\nc,d,1\n", "a.csv: 2 scores, all equal"),
         ("", "a.csv: 0 scores"),
         (None, "a.csv cannot be read: No such file"),
         (gzip.compress(b"a,b,1\n", mtime=0)[:-9], "a.csv.gz cannot be read after line 1: Compres"),
     ],
-    ids=range(6),
 )
 def test_bad_pairs_are_an_error_that_names_the_line(tmp_path, text, message):
     path = tmp_path / ("a.csv.gz" if isinstance(text, bytes) else "a.csv")
@@ -188,6 +229,17 @@ def test_sts_is_the_correlation_of_cosines_with_the_prefix_of_classification(dir
     cosines, scores = (x * y).sum(1), [pair[2] for pair in PAIRS]
     assert found["Spearman"] == pytest.approx(spearman(cosines, scores))
     assert found["Pearson"] == pytest.approx(pearson(cosines, scores))
+
+
+def test_a_correlation_that_is_not_defined_is_null(directory, tmp_path, capsys):
+    pairs = [("the same", "the same", score) for score in (1.0, 2.0)]
+    evaluate.sts(
+        Options(model=str(directory), out=str(tmp_path)), write_pairs(tmp_path / "a.csv", pairs)
+    )
+    assert "Spearman not defined, Pearson not defined" in capsys.readouterr().out
+    (found,) = json.loads((tmp_path / "results.json").read_text()).values()
+    assert found == {"Spearman": None, "Pearson": None}
+    assert summary([0.5]) == {"mean": 0.5, "error": None}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -297,11 +349,11 @@ def test_embeddings_are_kept_until_the_checkpoint_changes_or_they_are_damaged(se
     other.emb_ln.weight.data.mul_(2)
     other.save_pretrained(directory)
     assert "embedding" in search().err and "embedding" not in search().err
-    (directory / "search.npz").write_bytes(b"damaged")
+    (directory / "nanoembed-search.npz").write_bytes(b"damaged")
     assert "embedding" in search().err
 
 
-@pytest.mark.parametrize(
+@cases(
     ("words", "message"),
     [
         (["search", " "], "the query is empty"),

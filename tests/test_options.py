@@ -8,6 +8,7 @@ from dataclasses import fields
 
 import pytest
 from conftest import ROOT
+from tiny import cases
 
 import contrastive
 import evaluate
@@ -93,7 +94,6 @@ BAD = [  # script, options, what the message has
     (contrastive, "--clip=-1", "a number from 0 to 1e+09"),
     (contrastive, "--query-tokens=2", "a whole number from 3 to 1e+06"),
     (contrastive, "--document-tokens=999", "--document-tokens is beyond the 128 tokens"),
-    (contrastive, "--batch-size=1e6", "the largest source has"),
     (contrastive, "--init=nowhere", "there is no checkpoint directory nowhere"),
     (contrastive, "--keep=some", "give embeddings or all"),
     (finetune, "--negatives=-1", "a whole number from 0 to 1,000"),
@@ -113,7 +113,7 @@ BAD = [  # script, options, what the message has
 CASES = [(script, option, message) for script, line, message in BAD for option in line.split()]
 
 
-@pytest.mark.parametrize(("script", "option", "message"), CASES, ids=[c[1][:30] for c in CASES])
+@cases(("script", "option", "message"), CASES)
 def test_a_bad_option_is_one_line_that_says_what_to_give(
     script, option, message, data, tmp_path, monkeypatch
 ):
@@ -137,6 +137,28 @@ def test_a_whole_number_may_be_written_in_any_notation(text):
 
 def run(command, **more):
     return subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, **more)
+
+
+@cases(
+    "command",
+    [
+        "RANK=0 {python} mlm.py",
+        "RANK=0 WORLD_SIZE=1 {python} contrastive.py",
+        "{python} mlm.py --data={data} --out={out}/file/run",
+        "{python} mlm.py --data='{out}/two\nlines'",
+        "{python} evaluate.py --out='{out}/two\nlines'",
+        "{python} evaluate.py sts {out}/missing.csv",
+        "{python} data/folder.py '{out}/two\nlines'",
+        "{python} data/pairs.py '{out}/two\nlines.jsonl'",
+        "{python} data/filter.py {out}",
+        "{python} bench/estimate.py --preset=none",
+    ],
+)
+def test_from_the_shell_too_bad_input_is_one_line_and_exit_code_2(command, data, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    result = run(command.format(python=sys.executable, data=data, out=tmp_path))
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_bad_input_and_a_full_disk_are_one_line_and_a_closed_pipe_is_none(data):

@@ -1,6 +1,7 @@
 """Whole runs of the three stages, small: they end with the same bits however they were interrupted,
 and never touch what they did not write."""
 
+import re
 import resource
 import shutil
 import signal
@@ -13,10 +14,11 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from tiny import SMALL, read_log, train
+from tiny import SMALL, cases, read_log, train
 
 import common.run
 import contrastive
+import evaluate
 import finetune
 import mlm
 from bench import faults
@@ -243,12 +245,88 @@ def test_a_second_run_is_refused_while_the_first_one_is_running(
     assert train(mlm, data, tmp_path) == finished[mlm] and refused == [2]
 
 
-def test_a_damaged_state_is_named(data, tmp_path):
-    train(mlm, data, tmp_path, stop_after=3)
-    state = tmp_path / "state.pt"
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(InputError, match="state.pt is damaged"):
-        train(mlm, data, tmp_path)
+def edited_state(edit):
+    def change(path):
+        state = torch.load(path, weights_only=True)
+        edit(state)
+        torch.save(state, path)
+
+    return change
+
+
+def smaller_moments(state):
+    """AdamW would read beyond their end."""
+    for moments in state["optimizer"]["state"].values():
+        moments["exp_avg"] = moments["exp_avg"].flatten()[:1].clone()
+
+
+DAMAGED = [
+    ("state.pt", lambda p: p.write_bytes(p.read_bytes()[:1000]), "state.pt is damaged"),
+    ("state.pt", lambda p: p.write_bytes(b""), "state.pt is damaged"),
+    ("state.pt", lambda p: torch.save([1, 2], p), "state.pt is damaged"),
+    ("state.pt", edited_state(lambda s: s.update(step=-3)), "state.pt is damaged"),
+    ("state.pt", edited_state(lambda s: s.update(step=1.5)), "state.pt is damaged"),
+    ("state.pt", edited_state(lambda s: s.update(settings="none")), "state.pt is damaged"),
+    ("state.pt", edited_state(lambda s: s.pop("model")), "state.pt is not of this model"),
+    ("state.pt", edited_state(lambda s: s["model"].popitem()), "state.pt is not of this model"),
+    ("state.pt", edited_state(lambda s: s.update(optimizer={})), "state.pt is not of this model"),
+    ("state.pt", edited_state(smaller_moments), "state.pt is not of this model"),
+    ("log.jsonl", lambda p: p.write_text("not a log\n"), "log.jsonl, line 1: not a line of a log"),
+    ("log.jsonl", lambda p: p.write_text('{"step": "x"}\n'), "log.jsonl, line 1: not a line"),
+    ("log.jsonl", lambda p: p.write_text("[1]\n"), "log.jsonl, line 1: not a line of a log"),
+    ("run.json", lambda p: p.write_text("{"), "run.json is not JSON"),
+    ("run.json", lambda p: p.write_text("[]"), "run.json holds a list"),
+    ("run.json", lambda p: p.write_text("{}"), "holds something other than a run of mlm.py"),
+]
+
+
+@pytest.fixture(scope="module")
+def interrupted(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted")
+    train(mlm, data, folder / "run", "--save-every=3", stop_after=3)
+    return folder / "run"
+
+
+@cases(("name", "damage", "message"), DAMAGED)
+def test_a_damaged_file_of_a_run_is_an_error_that_names_it(
+    interrupted, data, tmp_path, name, damage, message
+):
+    out = shutil.copytree(interrupted, tmp_path / "run")
+    damage(out / name)
+    with pytest.raises(InputError, match=message) as error:
+        train(mlm, data, out, "--save-every=3")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "results.json", "README.md", "config.json"])
+def test_what_state_pt_has_as_well_may_be_missing_or_damaged(
+    interrupted, data, tmp_path, finished, name
+):
+    for text in (None, "damaged"):
+        out = shutil.copytree(interrupted, tmp_path / str(text))
+        (out / name).unlink(missing_ok=True)
+        if text:
+            (out / name).write_text(text)
+        assert train(mlm, data, out, "--save-every=3") == finished[mlm]
+
+
+DAMAGED_RESULTS = [
+    ("results.json", "{"),
+    ("results.json", "[]"),
+    ("mlm/log.jsonl", "[]\n"),
+    ("results.json", '{"ladder": 3}'),
+    ("results.json", '{"ladder": {"BM25": []}}'),
+    ("results.json", '{"long": {"table": 3}}'),
+]
+
+
+@cases(("name", "text"), DAMAGED_RESULTS)
+def test_damaged_results_are_one_line_and_no_picture(tmp_path, name, text):
+    (tmp_path / "mlm").mkdir()
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=re.escape(str(tmp_path))) as error:
+        evaluate.main(["plot", f"--out={tmp_path}"])
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("*.png"))
 
 
 def test_each_stage_starts_from_the_one_before_and_inherits_its_shape(
