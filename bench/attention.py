@@ -1,25 +1,26 @@
 """The ways to compute attention: do they agree with softmax in float64, and how fast are they?
 
-    python bench/attention.py                     # a minute on a CPU
+    python bench/attention.py                     # a minute or two on a CPU
     python bench/attention.py --tokens=65536      # for a GPU
 
-Forward and backward over one batch. Next to our ways stands what most code does: a batch padded to
-a rectangle, with a mask. Deviation is the largest difference from result and gradient in float64,
-over the largest value, for the shortest texts.
+Times forward and backward over one batch. The usual way, a padded batch with a mask, is measured
+too. Deviation is the largest difference from the result and the gradient in float64, relative to
+the largest value.
 """
 
-import statistics
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.parity import deviation
-from bench.shared import natural_mix, print_head, print_machine, print_row, seconds_of
+from bench.shared import natural_mix, print_head, print_machine, print_row, time_in_turns
 from common.device import best_device, fast_dtype
 from common.options import cli, read_options
 from model import find_segments, packed_attention, varlen_kernel
@@ -28,7 +29,7 @@ from model import find_segments, packed_attention, varlen_kernel
 @dataclass
 class Options:
     tokens: int = 8192  # of the batch [16, 1e9]
-    heads: int = 12  # H, of 64 numbers each
+    heads: int = 12  # H, of 64 features each
     rounds: int = 5  # how often each is timed; the median counts
 
 
@@ -40,63 +41,54 @@ def written_out(q, k, v):
 
 def padded_attention(q, k, v, lengths):
     """(N, H, D) each -> rectangles (B, H, longest, D) and a mask -> (N, H, D)."""
-    texts = [torch.nn.utils.rnn.pad_sequence(x.split(lengths), True) for x in (q, k, v)]
+    padded = (pad_sequence(x.split(lengths), True).transpose(1, 2) for x in (q, k, v))
     ends = torch.tensor(lengths, device=q.device)[:, None]
     mask = torch.arange(max(lengths), device=q.device) < ends  # (B, longest)
-    rectangles = (x.transpose(1, 2) for x in texts)
-    out = F.scaled_dot_product_attention(*rectangles, attn_mask=mask[:, None, None])
+    out = scaled_dot_product_attention(*padded, attn_mask=mask[:, None, None])
     return out.transpose(1, 2)[mask]
 
 
-def ways(lengths, dtype, device):
-    """name -> attention of q, k, v (N, H, D) each."""
-    cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+def forward_backward(attend, x, weights):
+    """x (N, 3, H, D): q, k and v; weights (N, H, D): the gradient of the result. Returns the result
+    and the gradient of x."""
+    out = attend(*x.unbind(1))
+    return out.detach(), *torch.autograd.grad(out, x, weights)
+
+
+def main(arguments):
+    options, _ = read_options(Options, arguments)
+    device = best_device()
+    dtype = fast_dtype(device)
+    torch.manual_seed(0)
+    mix = natural_mix(options.tokens, np.random.default_rng(0))
+    mix = mix[: max(1, np.searchsorted(np.cumsum(mix), options.tokens))]
     kernels = {"texts grouped by length": None}
     if best := varlen_kernel(device.type, dtype):
         from torch.nn.attention.varlen import varlen_attn
 
         kernels |= {kernel.__name__: kernel for kernel in (varlen_attn, best)}
-    found = {"padded, with a mask": lambda q, k, v: padded_attention(q, k, v, lengths)}
-    for name, kernel in kernels.items():
-        segments = find_segments(cu_seqlens, kernel, device)
-        found[name] = lambda q, k, v, s=segments: packed_attention(q, k, v, s)
-    return found
-
-
-def main(arguments):
-    options, _ = read_options(Options, arguments)
-    device, rng = best_device(), np.random.default_rng(0)
-    dtype = fast_dtype(device)
-    torch.manual_seed(0)
-    mix = natural_mix(options.tokens, rng)
-    mix = sorted(mix[: max(1, np.searchsorted(np.cumsum(mix), options.tokens))].tolist())
+    sets = {"natural mix": sorted(mix.tolist(), reverse=True)}
+    sets["2,048 tokens"] = [2048] * max(1, options.tokens // 2048)
     print_machine(device, dtype)
     print_head("texts", "", "ms", "tokens/s", "deviation", "of the gradient")
-    equal = [2048] * max(1, options.tokens // 2048)
-    for title, lengths in {"natural mix": mix[::-1], "2,048 tokens": equal}.items():
-        N, shape = sum(lengths), (options.heads, 64)
-        x = torch.randn(N, 3, *shape).to(device, dtype).requires_grad_()
-        weights = torch.randn(N, *shape).to(device, dtype)
-        few = lengths[-max(1, int(np.searchsorted(np.cumsum(lengths[::-1]), 4096))) :]
-        n = sum(few)  # tokens, in float64
-        exact = x[-n:].detach().double().requires_grad_()
-        expected = torch.cat([written_out(*part.unbind(1)) for part in exact.split(few)])
-        (expected * weights[-n:].double()).sum().backward()
-        for name, attend in ways(lengths, dtype, device).items():
+    for title, lengths in sets.items():
+        x = torch.randn(sum(lengths), 3, options.heads, 64).to(device, dtype).requires_grad_()
+        weights = torch.randn(sum(lengths), options.heads, 64).to(device, dtype)
+        texts = map(torch.Tensor.requires_grad_, x.detach().double().split(lengths))
+        exact = map(partial(forward_backward, written_out), texts, weights.double().split(lengths))
+        exact = [torch.cat(parts) for parts in zip(*exact, strict=True)]
 
-            def step(x=x, weights=weights, attend=attend):
-                x.grad = None
-                out = attend(*x.unbind(1))
-                (out * weights).sum().backward()
-                return out.detach(), x.grad
-
-            step()  # warm
-            out, gradient = step()
-            seconds = statistics.median(seconds_of(step) for _ in range(options.rounds))
-            pairs = (out, expected), (gradient, exact.grad)
-            off = (f"{deviation(ours[-n:].double(), right):.1e}" for ours, right in pairs)
-            speed = f"{seconds * 1e3:.1f}", f"{N / seconds:,.0f}"
-            print_row(f"{title}: {len(lengths):,}", name, *speed, *off)
+        ways = {"padded, with a mask": partial(padded_attention, lengths=lengths)}
+        cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+        for name, kernel in kernels.items():
+            segments = find_segments(cu_seqlens, kernel, device)
+            ways[name] = partial(packed_attention, segments=segments)
+        for name, attend in ways.items():
+            work = partial(forward_backward, attend, x, weights)
+            off = list(map(deviation, work(), exact))  # the first call warms up
+            seconds = np.median(time_in_turns([work], options.rounds))
+            speed = f"{seconds * 1e3:.1f}", f"{sum(lengths) / seconds:,.0f}"
+            print_row(f"{title}: {len(lengths):,}", name, *speed, *(f"{n:.1e}" for n in off))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,10 @@
     python bench/data.py                                         # about five minutes
     python bench/data.py --rows=20000 --large=50000 --rounds=1   # quick
 
-- speed: data/pairs.py on a file of JSON lines (reading, checking, tokenising, comparing with
-  held-out text, removing copies, writing), against encode_batch_fast of the tokenizers library
-  alone on the same texts in memory; both with as many threads or processes
-- memory: the peak of all processes together, at 10,000 rows, half of --large and --large. Mapped
-  files do not count: they are the system's cache (Linux only)
-- opening: a source of a thousand rows and one of ten million (sparse files), and its first text
+- speed of data/pairs.py on a file of JSON lines, against encode_batch_fast of the tokenizers
+  library alone on the same texts in memory, with as many threads as processes
+- peak memory of all processes together, without mapped files, which are the system's cache (Linux)
+- opening a source of a thousand and of ten million rows (sparse files), and reading a text of it
 - random batches, as contrastive.py draws them
 
 The texts are the pairs of a data folder, each made unique by a number.
@@ -22,12 +20,12 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.shared import print_head, print_row, run_in_process
 from common.files import fingerprint, load_tokenizer, read_json
 from common.options import InputError, cli, read_options
 from data import pairs, prepare
@@ -50,7 +48,7 @@ def write_rows(path, data, rows):
     with open(path, "w", encoding="utf-8") as file:
         for i in range(rows):
             pair = found[order[i % len(found)]]
-            row = {"query": f"{pair['query']} {i}", "document": f"{pair['document']} {i}"}
+            row = {name: f"{pair[name]} {i}" for name in ("query", "document")}
             file.write(json.dumps(row) + "\n")
     return path
 
@@ -98,11 +96,6 @@ def memory_of(process):
     return own + sum(map(memory_of, children))
 
 
-def in_a_process(function, *arguments):
-    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
-        return executor.submit(function, *arguments).result()
-
-
 def measure_opening(folder, tokenizer, rows, length=64, times=201):
     """Milliseconds to open a source, and to read one of its texts."""
     folder.mkdir()
@@ -118,7 +111,8 @@ def measure_opening(folder, tokenizer, rows, length=64, times=201):
         seconds[i, 0] = time.perf_counter()
         source = Source(folder, tokenizer)
         seconds[i, 1] = time.perf_counter()
-        source.columns["document"][rows * i // times].sum()
+        start = rows * i // times * length
+        source.columns["document"].tokens[start : start + length].sum()
         seconds[i, 2] = time.perf_counter()
     return np.median(np.diff(seconds), axis=0) * 1e3
 
@@ -136,25 +130,27 @@ def measure_batches(source):
 
 def measure(options, folder):
     file = write_rows(folder / "rows.jsonl", options.data, options.rows)
-    print(f"{'processes':>9}{'tokenizers alone':>20}{'data/pairs.py':>17}{'share':>8}")
+    print_head("processes", "tokenizers alone, tokens/s", "data/pairs.py, tokens/s", "share")
     for processes in (1, 2):
-        alone, ours = [], []
+        alone = ours = 0
         for i in range(options.rounds):
-            alone.append(in_a_process(library_alone, file, options.data, processes))
+            job = file, options.data, processes
+            alone = max(alone, run_in_process(library_alone, *job))
             out = folder / f"speed-{processes}-{i}"
-            ours.append(in_a_process(prepared, file, options.data, processes, out)[0])
-        share = max(ours) / max(alone)
-        print(f"{processes:9}{max(alone):12,.0f} tokens/s{max(ours):9,.0f} tokens/s{share:7.0%}")
-    print(f"\n{'rows':>12}{'peak memory, 2 processes and the writer':>44}")
+            ours = max(ours, run_in_process(prepared, *job, out)[0])
+        print_row(processes, f"{alone:,.0f}", f"{ours:,.0f}", f"{ours / alone:.0%}")
+    print()
+    print_head("rows", "peak memory, 2 processes and the writer, MiB")
     for rows in (10_000, options.large // 2, options.large):
         file, out = write_rows(folder / f"{rows}.jsonl", options.data, rows), folder / f"out-{rows}"
-        _, memory = in_a_process(prepared, file, options.data, 2, out)
-        print(f"{rows:12,}{memory:40,.0f} MiB", flush=True)
+        _, memory = run_in_process(prepared, file, options.data, 2, out)
+        print_row(f"{rows:,}", f"{memory:,.0f}")
+    print()
     tokenizer = load_tokenizer(options.data)
-    print(f"\n{'rows':>12}{'opened':>14}{'first text':>14}")
+    print_head("rows", "opened, ms", "first text, ms")
     for rows in (1_000, 10_000_000):
         opened, read = measure_opening(folder / f"open-{rows}", tokenizer, rows)
-        print(f"{rows:12,}{opened:11.2f} ms{read:11.2f} ms")
+        print_row(f"{rows:,}", f"{opened:.2f}", f"{read:.2f}")
     measure_batches(Source(out, tokenizer))
 
 

@@ -2,16 +2,14 @@
 
     python bench/encode.py                   # ten minutes on two cores
 
-sentence-transformers is measured twice: as it comes (float32, batches of 32), and at its best here
-(half precision, the batch size that is fastest on a sample; it sorts by length itself). All read
-the same directory and the same texts, and their embeddings are compared. Speed is in tokens of the
-texts, padding not counted. Share: of the rate of matrix products on the shapes of one layer.
+sentence-transformers is measured as it comes (float32, batches of 32), and at its best here (half
+precision, the fastest batch size; it sorts by length itself). The batch size is chosen and the
+embeddings are compared on a sixth of the texts. Padding does not count as tokens. Share: of the
+rate of one layer's matrix products.
 """
 
-import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,13 +31,7 @@ class Options:
     texts: int = 256  # of the natural mix; the other sets have about as many tokens [4, 1e6]
     layers: int = 12  # of the model
     hidden_size: int = 768  # of the model
-    rounds: int = 2  # how often each is timed, but theirs as it comes; the median counts
-
-
-def timed(encode, texts):
-    began = time.perf_counter()
-    embeddings = encode(texts)
-    return time.perf_counter() - began, embeddings
+    rounds: int = 2  # how often each is timed; the median counts
 
 
 def main(arguments):
@@ -58,8 +50,7 @@ def main(arguments):
         ours = NomicBert.from_pretrained(folder, device=device)
         default = SentenceTransformer(folder, device=str(device))
         half = SentenceTransformer(folder, device=str(device), model_kwargs={"dtype": ours.dtype})
-    parameters = f"{sum(p.numel() for p in model.parameters()):,} parameters"
-    shared.print_machine(device, ours.dtype, parameters)
+    shared.print_machine(device, ours.dtype, shared.count_parameters(model))
     shared.print_head("texts", "", "tokens/s", "GFLOP/s", "share", "time / ours", "smallest cosine")
 
     mix = shared.natural_mix(options.texts, rng)
@@ -75,25 +66,22 @@ def main(arguments):
         flops = training_flops(shape, counts) / 3  # forward only
         rate = shared.matrix_rate(shape, ours.dtype, device)
         sample = [texts[i] for i in rng.permutation(len(texts))[: max(4, len(texts) // 6)]]
-        tries = {size: partial(half.encode, batch_size=size) for size in (1, 2, 4, 8, 16, 32)}
-        size = min(tries, key=lambda size: timed(tries[size], sample)[0])
+        sizes = (1, 2, 4, 8, 16, 32)
+        best = shared.fastest({n: partial(half.encode, sample, batch_size=n) for n in sizes})
         encoders = {
             "ours": ours.encode,
-            f"sentence-transformers, half, batches of {size}": tries[size],
+            f"sentence-transformers, half, batches of {best}": partial(
+                half.encode, batch_size=best
+            ),
             "sentence-transformers, as it comes": default.encode,
         }
-        ours.encode(texts[:8])  # a warm-up, as trying the batch sizes was for theirs
-        taken, embeddings = {name: [] for name in encoders}, {}
-        for number in range(options.rounds):
-            for name, encode in encoders.items():
-                if number == 0 or encode != default.encode:  # which takes the longest
-                    seconds, embeddings[name] = timed(encode, texts)
-                    taken[name].append(seconds)
-        taken = {name: statistics.median(seconds) for name, seconds in taken.items()}
-        for name, seconds in taken.items():
-            cosine = (embeddings["ours"] * embeddings[name]).sum(1).min()
+        embeddings = [encode(sample) for encode in encoders.values()]  # warms up, too
+        works = [partial(encode, texts) for encode in encoders.values()]
+        times = np.median(shared.time_in_turns(works, options.rounds), 0)
+        for name, found, seconds in zip(encoders, embeddings, times, strict=True):
             cells = [f"{sum(counts) / seconds:,.0f}", f"{flops / seconds / 1e9:,.0f}"]
-            cells += [f"{flops / seconds / rate:.0%}", f"{seconds / taken['ours']:.2f}"]
+            cells += [f"{flops / seconds / rate:.0%}", f"{seconds / times[0]:.2f}"]
+            cosine = (embeddings[0] * found).sum(1).min()
             shared.print_row(f"{title}: {len(texts):,} texts", name, *cells, f"{cosine:.4f}")
 
 

@@ -1,12 +1,11 @@
-"""What does each part of the paper add? Tables of runs with one part left out or changed.
+"""What each part of the paper adds: tables of runs with one part left out or changed.
 
     python bench/experiments.py ladder               # the stages, on the embedded documentation
     python bench/experiments.py miniature SOURCES    # the paper in miniature, on public data
 
 A seed takes about 30 and 90 minutes on two cores. OUT/results.json and OUT/report.md are written
-after every row; the same command continues after an interruption, and runs no row twice. Scores are
-nDCG@10, Spearman for STS, with standard errors over queries, of the mean over seeds; differences
-are those of each query. A seed repeats everything, the filter included.
+after every row, and the same command continues an interrupted one. Scores are nDCG@10, Spearman for
+STS, with standard errors over queries, of the mean over seeds; differences are query by query.
 
 miniature: SOURCES has these files. Training rows that repeat a text of the tasks are left out.
 
@@ -40,7 +39,7 @@ from common.options import InputError, cli, read_options, split_words
 from data import filter as consistency
 from data import folder, pairs, pydocs
 from data.tasks import PREFIXES, read_scored_pairs, write_jsonl, write_task
-from evaluate import Retrieval, scalings, spearman, summary
+from evaluate import Retrieval, scalings, shown, spearman, summary
 from model import NomicBert
 
 
@@ -100,15 +99,16 @@ for n, rope in itertools.product((512, 2048, 4096, 8192), scalings(1)):
 GROUPS = {"ladder": LADDER, "miniature": MINIATURE}
 
 TINY = "--hidden-size=64 --num-hidden-layers=1 --num-attention-heads=1 --intermediate-size=64"
-SIZES = {"laptop": "", "gpu": "--preset=gpu", "tiny": f"{TINY} --batch-size=4 --steps=2"}
+TINY += " --batch-size=4 --steps=2"
+# options of the stages; in miniature also articles of Wikipedia, at most, and words of a tokenizer
+SIZES = {"laptop": ("", 4000, 16_384), "gpu": ("--preset=gpu", 100_000, 16_384)}
+SIZES["tiny"] = (TINY, 100, 500)
 LONGER = "--trained-length=512 --document-tokens=512 --tokens-in-memory=131072"
 LONG = {  # in miniature, where texts are longer than those of the documentation
     "mlm": "--seq-len=512 --batch-size=16 --steps=700",
     "contrastive": f"{LONGER} --steps=200",
     "finetune": f"{LONGER} --batch-size=256",
 }
-ARTICLES = {"laptop": 4000, "gpu": 100_000, "tiny": 100}  # of Wikipedia, at most
-VOCABULARY = {"laptop": 16_384, "gpu": 16_384, "tiny": 500}
 TASKS = {"SciFact": "retrieval/scifact-train", "Amazon": "retrieval/questions-amazon"}
 TASKS |= {"STS": "sts/stsb-en-dev.csv.gz"}
 LONG_TASKS = {"QMSum": "retrieval/qmsum-trainval"}
@@ -140,7 +140,7 @@ def run_row(row, seed, group, options):
         return {"scores": {"pairs kept": [kept]}}
     if row.stage:
         arguments = LONG[row.stage].split() if group == "miniature" else []
-        arguments += [*SIZES[options.size].split(), *row.options.split(), "--eval-every=0"]
+        arguments += [*SIZES[options.size][0].split(), *row.options.split(), "--eval-every=0"]
         arguments += [f"--data={data}", f"--out={out}", f"--seed={seed}"]
         arguments += [f"--init={start}"] if start else []
         STAGES[row.stage].main(arguments)
@@ -178,12 +178,8 @@ def evaluate(row, checkpoint, group, options):
     return scores
 
 
-# ------------------------------------------------------------------------------------------------
-# The data of miniature
-
-
 def same_topic(rows):
-    """Rows with up to 7 negatives: answers to other questions on the same topic. Rows whose topic
+    """Gives rows up to 7 negatives, answers to other questions on the same topic. Rows whose topic
     has no other answer are left out."""
     rng, topics = np.random.default_rng(0), {}
     for row in rows:
@@ -195,11 +191,12 @@ def same_topic(rows):
 
 
 def make_data(sources, out, size):
-    """Writes the data folder `out` from SOURCES."""
+    """Writes the data folder `out` of miniature from SOURCES."""
+    _, articles, vocabulary = SIZES[size]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as raw:
         raw, lines = Path(raw), read_lines(sources / "text/wikipedia.jsonl.gz")
-        chosen = [json.loads(line) for _, line in itertools.islice(lines, ARTICLES[size])]
+        chosen = [json.loads(line) for _, line in itertools.islice(lines, articles)]
         write_jsonl(raw / "text.jsonl", ({"text": f"{x['title']}\n\n{x['text']}"} for x in chosen))
         openings = []
         for article in chosen:  # title and first sentence -> the text after it
@@ -217,11 +214,11 @@ def make_data(sources, out, size):
         held_out = ",".join(str(path) for path in (raw / "sts", *tasks) if path.suffix != ".gz")
         common = [f"--out={raw}/pairs", f"--held-out={held_out}", "--queries=100"]
         weak = [f"{sources}/pairs/{name}.jsonl.gz" for name in ("medquad", "stackexchange", "tldr")]
-        weak.append(f"{sources}/pairs/arxiv.jsonl.gz:clustering")
-        weak.append(f"{raw}/wikipedia.jsonl:classification")
+        weak += [f"{sources}/pairs/arxiv.jsonl.gz:clustering"]
+        weak += [f"{raw}/wikipedia.jsonl:classification"]
         supervised = f"{raw}/medquad-topics.jsonl,{sources}/pairs/questions_wiki.jsonl.gz"
-        stages = [f"--stage3={supervised}", f"--text={raw}/text.jsonl"]
-        pairs.main([*weak, *stages, f"--vocab-size={VOCABULARY[size]}", *common])
+        common += [f"--text={raw}/text.jsonl", f"--vocab-size={vocabulary}"]
+        pairs.main([*weak, f"--stage3={supervised}", *common])
         before = raw / "pairs"
         for name in ("peps", "swift-evolution"):
             with tarfile.open(sources / f"folders/{name}.tar.gz") as archive:
@@ -234,28 +231,19 @@ def make_data(sources, out, size):
         before.rename(out)
 
 
-# ------------------------------------------------------------------------------------------------
-# All rows, and their tables
-
-
-def shown(values, sign=""):
-    """Mean and standard error over queries; of a single number, itself."""
-    error = f" ±{summary(values)['error']:.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):{sign}.3f}{error}"
-
-
 def cell(runs, task):
     """The mean over seeds; with several, the mean of each in brackets. runs: seed -> result."""
     values = [run["scores"][task] for run in runs.values() if run["scores"].get(task)]
     each = f" ({', '.join(f'{np.mean(v):.3f}' for v in values)})" if len(values) > 1 else ""
-    return shown(np.mean(values, axis=0)) + each if values else ""
+    return shown(summary(np.mean(values, axis=0))) + each if values else ""
 
 
 def difference(runs, others, task):
     """Query by query, in the mean over the seeds that both rows have."""
     both = [(runs[s]["scores"], others[s]["scores"]) for s in runs if s in others]
     found = [np.subtract(x[task], y[task]) for x, y in both if x.get(task) and y.get(task)]
-    return shown(np.mean(found, axis=0), "+") if found else ""
+    score = shown(summary(np.mean(found, axis=0))) if found else ""
+    return f"+{score}" if score[:1].isdigit() else score
 
 
 def report(group, options, results):

@@ -4,16 +4,13 @@
     python bench/memory.py --preset=paper --batches=1024,4096,16384,65536 --longest=1024    # a GPU
 
 With GradCache the activations of one micro-batch are in memory at a time. What grows with the batch
-are its embeddings and their gradients, 16 C bytes a pair, and the token ids; of the logits there
-are never more than 2 ** 23 (info_nce_in_blocks). Each number is from a process of its own: the peak
-of its memory, of a GPU where there is one, less what it had before the step.
+are the token ids, and the embeddings and their gradients: 16 C bytes a pair. Each number is the
+peak of a process of its own, on a GPU where there is one, less what it had before the step.
 """
 
-import multiprocessing
 import os
 import resource
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +18,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.shared import print_head, print_machine, print_row
+from bench.shared import print_head, print_machine, print_row, run_in_process
 from common.device import best_device, fast_dtype
 from common.files import load_tokenizer
 from common.options import cli, read_options
@@ -37,7 +34,15 @@ class Options:
     source: str = "name-docstring"  # of its stage 2, the one that pairs come from
     batches: str = "1024,2048,4096,8192,16384"  # pairs
     micro_batch_tokens: int = 0  # the same for all batches; 0: that of the preset [0, 1e9]
-    longest: int = 4096  # pairs that are tried without GradCache [0, 1e9]
+    longest: int = 4096  # the largest batch that is tried without GradCache [0, 1e9]
+
+
+def peak_memory():
+    """The most memory that this process ever had, in MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def step(pairs, cached, options):
@@ -58,35 +63,25 @@ def step(pairs, cached, options):
     def loss_of(embeddings):
         return info_nce_in_blocks(*embeddings.chunk(2), config.temperature) / pairs
 
-    def peak():
-        """The most memory that this process ever had, in MiB."""
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated() / 2**20
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-    before = peak()
+    before = peak_memory()
     if cached:
         grad_cache(model, texts, loss_of, budget)
     else:
         loss_of(embed(model, texts, budget)).backward()
-    return sum(map(len, texts)), peak() - before, 16 * pairs * config.hidden_size / 2**20
+    return sum(map(len, texts)), peak_memory() - before, 16 * pairs * config.hidden_size / 2**20
 
 
 def main(arguments):
     options, _ = read_options(Options, arguments)
-    # for the processes: freed memory goes back at once, instead of staying with glibc in pieces
+    # freed memory goes back to the system at once, instead of staying with glibc in pieces
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
-    context = multiprocessing.get_context("spawn")
     print_machine(best_device(), f"preset {options.preset}")
     print_head("pairs", "tokens", "GradCache, MiB", "of it embeddings, MiB", "without, MiB")
     for pairs in map(int, options.batches.split(",")):
-        cells = []
-        for cached in (True, False) if pairs <= options.longest else (True,):
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                tokens, *sizes = pool.submit(step, pairs, cached, options).result()
-            cells += [f"{size:,.0f}" for size in sizes[: 1 + cached]]
-        print_row(f"{pairs:,}", f"{tokens:,}", *cells, *[""] * (3 - len(cells)))
+        tokens, *cached = run_in_process(step, pairs, True, options)
+        plain = run_in_process(step, pairs, False, options)[1:2] if pairs <= options.longest else ()
+        sizes = [f"{size:,.0f}" for size in (*cached, *plain)]
+        print_row(f"{pairs:,}", f"{tokens:,}", *sizes, *[""] * (3 - len(sizes)))
 
 
 if __name__ == "__main__":

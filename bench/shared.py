@@ -1,9 +1,11 @@
-"""What several benches share: texts of a natural mix of lengths, the matrix rate, tables."""
+"""What several benches share: tables, timing, texts of a natural mix of lengths, matrix rate."""
 
 import math
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,10 @@ def print_machine(device, *more):
     print(", ".join(map(str, [f"torch {torch.__version__}", device_name(device), *more])) + "\n")
 
 
+def count_parameters(model):
+    return f"{sum(p.numel() for p in model.parameters()):,} parameters"
+
+
 def split_options(options_class, arguments):
     """The arguments that belong to a bench, and the rest, which it passes on to a stage."""
     known = {field.name for field in fields(options_class)} | {"h", "help"}
@@ -51,6 +57,25 @@ def seconds_of(work):
     return time.perf_counter() - began
 
 
+def time_in_turns(works, rounds):
+    """Seconds of several functions (rounds, functions). Each round calls all of them, since the
+    speed of a machine varies."""
+    return np.array([[seconds_of(work) for work in works] for _ in range(rounds)])
+
+
+def fastest(works):
+    """The name of the fastest of several functions: name -> function."""
+    for work in works.values():
+        work()  # warms up
+    return min(works, key=lambda name: seconds_of(works[name]))
+
+
+def run_in_process(function, *arguments):
+    """function(*arguments) in a process of its own, so that its peak of memory is its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        return executor.submit(function, *arguments).result()
+
+
 def natural_mix(n, rng):
     """Lengths of n texts in tokens, log-normal as those of web texts: median 70, up to 2,048."""
     return np.exp(rng.normal(math.log(70), 1.0, n)).clip(8, 2048).astype(int)
@@ -64,8 +89,8 @@ def pieces_of_text(data, tokenizer, lengths, rng):
 
 
 def matrix_rate(config, dtype, device, seconds=1.0):
-    """Operations per second of the matrix products of one layer, (N, C) x (C, 3C) and so on. It is
-    the highest of several N: a GPU needs large matrices, a CPU those that fit in its cache."""
+    """Operations per second of the matrix products of one layer, (N, C) x (C, 3C) and so on: the
+    highest of two N. A GPU needs large matrices, a CPU is fastest while they fit in its cache."""
     C, inner, rates = config.hidden_size, config.intermediate_size, []
     shapes = [(C, 3 * C), (C, C), (C, inner), (C, inner), (inner, C)]
     new = {"dtype": dtype, "device": device}

@@ -3,18 +3,18 @@
     python bench/train.py                                 # the laptop model: some minutes
     python bench/train.py --preset=paper --texts=32 --tries=4,16 --rounds=1     # 12 x 768
 
-A step is forward, backward and AdamW on one batch of a natural mix of lengths, tokenized before.
-MLM is compared with transformers' NomicBertForMaskedLM, pairs with sentence-transformers'
-CachedMultipleNegativesRankingLoss. Theirs is measured twice: as it comes (float32, in the order of
-the data, micro-batches of 8 texts as in the Trainer, of 32 as in the loss), and at its best here
-(bf16 by autocast where it is fast, the fastest micro-batch of --tries; MLM texts sorted by length).
-The first loss in float32 shows that all compute the same. Padding does not count as tokens.
+A step is forward, backward and AdamW on one batch of a natural mix of lengths, tokenized and masked
+before. Theirs is measured as it comes (float32, in the order of the data, micro-batches of 8 texts
+as in the Trainer, of 32 as in the loss), and at its best here (bf16 by autocast where it is fast,
+the fastest micro-batch of --tries, MLM texts sorted by length). The loss of the first step shows
+that all compute the same. Padding does not count as tokens.
 """
 
 import sys
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import contrastive
 import mlm
 from bench import shared
-from common.device import best_device, fast_dtype, move_to_device
+from common.device import best_device, fast_dtype
 from common.files import load_tokenizer
 from common.options import cli, read_options
 from data import store
 from model import ModelConfig, NomicBert, NomicBertForMaskedLM
-
-NOT_MASKED = -100  # transformers' label of a token that is not to be predicted
 
 
 @dataclass
@@ -44,12 +42,12 @@ class Options:
     compile: bool = False  # compile our blocks
 
 
-def training_step(backward, model, *arguments):
-    """A function that does backward(model, *arguments), then AdamW's step. It returns the loss."""
+def training_step(model, backward):
+    """A function that calls backward(), then AdamW's step. It returns the loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step():
-        loss = backward(model, *arguments)
+        loss = backward()
         optimizer.step()
         optimizer.zero_grad()
         return float(loss)  # waits for a GPU
@@ -57,67 +55,97 @@ def training_step(backward, model, *arguments):
     return step
 
 
-def padded(texts, device, fill=0):
-    """A list of id arrays as a rectangle (texts, longest)."""
-    return pad_sequence([torch.from_numpy(x) for x in texts], True, fill).to(device)
+def masked_batches(folder, texts, groups):
+    """Micro-batches as mlm.py has them, and how many tokens of all are masked."""
+    masker, device, batches = mlm.Masker(load_tokenizer(folder)), best_device(), []
+    for group in groups:
+        part = [texts[i] for i in group]
+        seeds = [text.sum() for text in part]  # so that a text has the same mask in any order
+        tokens, cu_seqlens, *chosen = masker(part, 0.3, seeds)
+        batches.append((tokens.to(device), cu_seqlens, *(x.to(device) for x in chosen)))
+    return batches, sum(len(targets) for *_, targets in batches)
 
 
-def features(texts, device):
-    ones = [np.ones(len(text), np.int64) for text in texts]
-    return {"input_ids": padded(texts, device), "attention_mask": padded(ones, device)}
+def rectangle(tokens, cu_seqlens, fill=0):
+    """Packed tokens (N,) -> padded ones (texts, longest)."""
+    return pad_sequence(tokens.split(cu_seqlens.diff().tolist()), True, fill)
 
 
-def our_mlm(model, rows, budget):
-    """rows: (inputs, labels) of each text."""
-    device, total = model.bert.device, sum((y != NOT_MASKED).sum() for _, y in rows)
-    loss = 0.0
-    for group in store.split_by_tokens([len(x) for x, _ in rows], budget):
-        inputs, labels = zip(*(rows[i] for i in group), strict=True)
-        labels = np.concatenate(labels)
-        positions = np.flatnonzero(labels != NOT_MASKED)
-        chosen = (move_to_device(x, device) for x in (positions, labels[positions]))
-        loss += mlm.backward_in_chunks(model, (*store.pack(inputs, device), *chosen), total)
-    return loss
+def features(tokens, cu_seqlens):
+    mask = rectangle(torch.ones_like(tokens), cu_seqlens)
+    return {"input_ids": rectangle(tokens, cu_seqlens), "attention_mask": mask}
 
 
-def their_mlm(model, rows, size, autocast):
-    loss, total = 0.0, sum((labels != NOT_MASKED).sum() for _, labels in rows)
-    for start in range(0, len(rows), size):
-        inputs, labels = zip(*rows[start : start + size], strict=True)
-        labels = padded(labels, model.device, NOT_MASKED)
-        with autocast:
-            part = model(**features(inputs, model.device), labels=labels).loss
-        part = part * ((labels != NOT_MASKED).sum() / total)
-        part.backward()
-        loss += part.detach()
-    return loss
+def autocast(dtype):
+    half = dtype != torch.float32
+    return torch.autocast(best_device().type, dtype) if half else nullcontext()
 
 
-def our_pairs(model, rows, budget):
-    """rows: (query, document)."""
+def our_mlm(folder, texts, dtype, budget, compile):
+    model = NomicBertForMaskedLM.from_pretrained(folder, dtype, device=best_device())
+    if compile:
+        model.bert.compile_blocks()
+    groups = store.split_by_tokens(list(map(len, texts)), budget)
+    batches, total = masked_batches(folder, texts, groups)
+    backward = partial(mlm.backward_in_chunks, model, total=total)
+    return training_step(model, lambda: sum(map(backward, batches)))
+
+
+def their_mlm(folder, texts, dtype, size):
+    from transformers import AutoModelForMaskedLM
+
+    model = AutoModelForMaskedLM.from_pretrained(folder).to(best_device()).train()
+    order = np.arange(len(texts))
+    batches, total = masked_batches(folder, texts, np.split(order, order[size::size]))
+
+    def backward():
+        loss = 0.0
+        for tokens, cu_seqlens, positions, targets in batches:
+            labels = torch.full_like(tokens, -100).index_copy(0, positions, targets)
+            labels = rectangle(labels, cu_seqlens, -100)  # -100: not to be predicted
+            with autocast(dtype):
+                part = model(**features(tokens, cu_seqlens), labels=labels).loss
+            part = part * (len(targets) / total)
+            part.backward()
+            loss += part.detach()
+        return loss
+
+    return training_step(model, backward)
+
+
+def our_pairs(folder, pairs, dtype, budget, compile):
+    """pairs: (query, document)."""
+    model = NomicBert.from_pretrained(folder, dtype, device=best_device())
+    if compile:
+        model.compile_blocks()
+    queries, documents = zip(*pairs, strict=True)
 
     def loss_of(embeddings):
-        query, document = embeddings.chunk(2)
-        return contrastive.info_nce_in_blocks(query, document, 0.02) / len(query)
+        return contrastive.info_nce_in_blocks(*embeddings.chunk(2), 0.02) / len(pairs)
 
-    queries, documents = zip(*rows, strict=True)
-    return contrastive.grad_cache(model, [*queries, *documents], loss_of, budget)
+    texts = [*queries, *documents]
+    return training_step(model, partial(contrastive.grad_cache, model, texts, loss_of, budget))
 
 
-def their_pairs(model, rows, size, autocast):
+def their_pairs(folder, pairs, dtype, size):
+    from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import losses
 
+    model = SentenceTransformer(folder, device=str(best_device())).train()
     loss_of = losses.CachedMultipleNegativesRankingLoss(model, scale=50.0, mini_batch_size=size)
-    with autocast:  # backward too: it runs forward once more
-        loss = loss_of([features(side, model.device) for side in zip(*rows, strict=True)], None)
-        loss.backward()
-    return loss.detach()
+    sides = [features(*store.pack(side, model.device)) for side in zip(*pairs, strict=True)]
+
+    def backward():
+        with autocast(dtype):  # backward too: it runs forward once more
+            loss = loss_of(sides, None)
+            loss.backward()
+        return loss.detach()
+
+    return training_step(model, backward)
 
 
 def main(arguments):
     options, _ = read_options(Options, arguments)
-    from sentence_transformers import SentenceTransformer
-    from transformers import AutoModelForMaskedLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -128,65 +156,37 @@ def main(arguments):
     torch.manual_seed(0)
     shape = ModelConfig.from_options(stage, tokenizer.get_vocab_size(), stage.trained_length)
     model = NomicBertForMaskedLM(shape)
+    model.bert.tokenizer = tokenizer
 
     mix = shared.natural_mix(options.texts, rng).clip(max=stage.trained_length)
     texts = shared.pieces_of_text(options.data, tokenizer, mix, rng)
     short = rng.integers(6, 21, options.texts)
     queries = shared.pieces_of_text(options.data, tokenizer, short, rng)
-    masker, masked = mlm.Masker(tokenizer), []
-    for text in texts:
-        ids = masker.mask_id, masker.special_ids, masker.vocab_size
-        inputs, chosen = mlm.mask_tokens(text, 0.3, rng, *ids)
-        masked.append((inputs, np.where(chosen, text, NOT_MASKED)))
-    tasks = {"MLM": masked, "pairs": list(zip(queries, texts, strict=True))}
-    parameters = f"{sum(p.numel() for p in model.bert.parameters()):,} parameters"
+    pairs, by_length = list(zip(queries, texts, strict=True)), sorted(texts, key=len, reverse=True)
     lengths = f"texts of {np.median(mix):.0f} tokens in the median, {mix.max():,} at most"
-    shared.print_machine(device, fast, parameters, lengths)
+    shared.print_machine(device, fast, shared.count_parameters(model.bert), lengths)
+    shared.print_head("step", "", "first loss", "tokens/s", "texts/s", "time / ours")
 
+    tasks = {  # texts, sorted texts, tokens, ours, theirs, and their usual micro-batch
+        "MLM": (texts, by_length, mix.sum(), our_mlm, their_mlm, 8),
+        "pairs": (pairs, pairs, mix.sum() + short.sum(), our_pairs, their_pairs, 32),
+    }
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-
-        def ours(task, rows, dtype):
-            cls, step = (NomicBertForMaskedLM, our_mlm) if task == "MLM" else (NomicBert, our_pairs)
-            model = cls.from_pretrained(folder, dtype, device=device)
-            if options.compile and len(rows) == options.texts:
-                getattr(model, "bert", model).compile_blocks()
-            return training_step(step, model, rows, stage.micro_batch_tokens)
-
-        def theirs(task, rows, dtype, size):
-            half = dtype != torch.float32
-            autocast = torch.autocast(device.type, dtype) if half else nullcontext()
-            if task == "MLM":
-                model, step = AutoModelForMaskedLM.from_pretrained(folder).to(device), their_mlm
-            else:
-                model, step = SentenceTransformer(folder, device=str(device)), their_pairs
-            return training_step(step, model.train(), rows, size, autocast)
-
-        for task, rows in tasks.items():
-            a, b = ours(task, rows[:8], torch.float32)(), theirs(task, rows[:8], torch.float32, 3)()
-            assert abs(a - b) < 1e-3 * abs(b), (a, b)
-            print(f"{task}, the same loss in float32: {a:.5f} and {b:.5f}\n")
-        shared.print_head("step", "", "tokens/s", "texts/s", "time / ours")
-        for task, rows in tasks.items():
-            tokens = int(mix.sum()) + (task == "pairs") * sum(map(len, queries))
-            by_length = sorted(rows, key=lambda row: -len(row[0])) if task == "MLM" else rows
-            first = {}
-            for size in map(int, options.tries.split(",")):
-                step = theirs(task, by_length, fast, size)
-                step()
-                first[size] = shared.seconds_of(step)
-            best = min(first, key=first.get)
-            steps = {"ours": ours(task, rows, fast)}
-            steps[f"theirs at its best, {best} texts"] = theirs(task, by_length, fast, best)
-            usual = 8 if task == "MLM" else 32
-            steps["theirs as it comes"] = theirs(task, rows, torch.float32, usual)
-            steps["ours"](), steps["ours"]()  # warm, and compiled
-            rounds = range(options.rounds)  # one after the other, as the machine's speed varies
-            taken = np.array([[shared.seconds_of(f) for f in steps.values()] for _ in rounds])
-            ratios = np.median(taken / taken[:, :1], 0)
-            for name, middle, ratio in zip(steps, np.median(taken, 0), ratios, strict=True):
-                speeds = f"{tokens / middle:,.0f}", f"{options.texts / middle:,.1f}"
-                shared.print_row(f"{task}, {tokens:,} tokens", name, *speeds, f"{ratio:.2f}")
+        for task, (rows, ordered, tokens, ours, theirs, usual) in tasks.items():
+            best = shared.fastest(
+                {n: theirs(folder, ordered, fast, n) for n in map(int, options.tries.split(","))}
+            )
+            steps = {"ours": ours(folder, rows, fast, stage.micro_batch_tokens, options.compile)}
+            steps[f"theirs at its best, {best} texts"] = theirs(folder, ordered, fast, best)
+            steps["theirs as it comes"] = theirs(folder, rows, torch.float32, usual)
+            losses = [step() for step in steps.values()]
+            steps["ours"]()  # its second step may be compiled again, for other shapes
+            taken = shared.time_in_turns(steps.values(), options.rounds)
+            for name, loss, times in zip(steps, losses, taken.T, strict=True):
+                speeds = f"{tokens / np.median(times):,.0f}", f"{len(rows) / np.median(times):,.1f}"
+                ratio = f"{np.median(times / taken[:, 0]):.2f}"
+                shared.print_row(f"{task}, {tokens:,} tokens", name, f"{loss:.4f}", *speeds, ratio)
 
 
 if __name__ == "__main__":
