@@ -10,6 +10,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python data/pydocs.py
 	$(BIN)/python mlm.py
+	$(BIN)/python contrastive.py --num-hidden-layers=0 --out=out/words
 	$(BIN)/python contrastive.py --init=out/mlm
 	$(BIN)/python finetune.py --init=out/contrastive
 	$(BIN)/python evaluate.py

@@ -2,8 +2,9 @@
 
     python evaluate.py                        # the ladder: BM25, random weights, each stage's model
     python evaluate.py search "how do I read a csv file"     # the ten best; no query: a prompt
+    python evaluate.py search "..." --model-only             # without BM25
     python evaluate.py long                   # beyond the trained length, four ways to scale RoPE
-    python evaluate.py plot                   # learning curves, ladder, length curves as PNG
+    python evaluate.py plot                   # learning curves, ladder, length curves, a map as PNG
 
 and on data from elsewhere, with any checkpoint (--model=DIR, or a name on the hub):
 
@@ -15,11 +16,13 @@ The ladder and the long texts use modules that were held out from all training. 
 OUT/results.json, and into the model card of the checkpoint that they are of.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import importlib.util
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +52,7 @@ class Options:
     max_tokens: int = 0  # texts are truncated to this, at least 3; 0: the trained length [0, 1e6]
     dims: int = 0  # sts, retrieval, mteb: the first dimensions only (Matryoshka); 0: all [0, 1e6]
     rope_factor: float = 0.0  # sts, retrieval, mteb: Dynamic NTK's s, from 1; 0: as saved [0, 1000]
+    model_only: bool = False  # search: without BM25
     tasks: str = ""  # mteb: names of tasks, with commas between them
     seed: int = 0  # of the random weights [0, 1e18]
 
@@ -141,6 +145,44 @@ def top_k(query, document, k, block=(4096, 8192), device="cpu"):
     return tuple(torch.cat(parts).numpy() for parts in zip(*found, strict=True))
 
 
+def bm25(documents, split_identifiers=False, k=100):
+    """BM25 over documents, word matching that needs no training and is hard to beat, so that no
+    table goes without it (bm25s with its defaults).
+
+    Returns a function: queries -> numbers of documents (n, k), best first, -1 where no more of them
+    share a word with the query. split_identifiers: read_csv is also `read` and `csv`, as our
+    tokenizer reads it; the stronger baseline on code."""
+    import bm25s
+
+    def words(texts):
+        texts = [text.replace("_", " ") if split_identifiers else text for text in texts]
+        return bm25s.tokenize(texts, show_progress=False)
+
+    index = bm25s.BM25()
+    index.index(words(documents), show_progress=False)
+
+    def rank(queries):
+        k_found = min(k, len(documents))
+        found = index.retrieve(words(queries), k=k_found, show_progress=False)
+        return np.where(found.scores > 0, found.documents, -1)
+
+    return rank
+
+
+def fuse(rankings, k=100):
+    """Reciprocal rank fusion (Cormack et al., 2009): a document scores 1 / (60 + rank) in each
+    ranking that has it. rankings: several (n, k) -> one (n, k), best first, -1 where there are no
+    more. Ranks need no common scale, and cosines and BM25's scores have none."""
+    fused = np.full((len(rankings[0]), k), -1)
+    for i, lists in enumerate(zip(*rankings, strict=True)):
+        scores = collections.Counter()
+        for ranking in lists:
+            scores.update({int(d): 1 / (61 + rank) for rank, d in enumerate(ranking) if d >= 0})
+        best = [document for document, _ in scores.most_common(k)]
+        fused[i, : len(best)] = best
+    return fused
+
+
 def distinct(keys):
     """Numbers for things that repeat, such as a document that answers several queries.
 
@@ -170,7 +212,7 @@ class Retrieval:
             drawn = np.random.default_rng(0).permutation(others)[: max(0, pool - len(right))]
             names = sorted([*right, *drawn.tolist()])
         number = {name: i for i, name in enumerate(names)}
-        self.documents = [documents[name] for name in names]
+        self.names, self.documents = names, [documents[name] for name in names]
         self.queries = [asked[query] for query in judged]
         self.relevant = [
             {number[document]: grade for document, grade in relevant.items()}
@@ -193,22 +235,9 @@ class Retrieval:
         )
         return top_k(query, document, k)[1]
 
-    def rank_bm25(self, split_identifiers=False, k=100):
-        """The same by BM25, word matching that needs no training and is hard to beat, so that no
-        table goes without it (bm25s with its defaults). split_identifiers: read_csv is also `read`
-        and `csv`, as our tokenizer reads it; the stronger baseline on code. Documents that share no
-        word with a query are not found: -1."""
-        import bm25s
-
-        documents, queries = (
-            [text.replace("_", " ") if split_identifiers else text for text in texts]
-            for texts in (self.documents, self.queries)
-        )
-        index, quiet = bm25s.BM25(), {"show_progress": False}
-        index.index(bm25s.tokenize(documents, **quiet), **quiet)
-        words = bm25s.tokenize(queries, **quiet)
-        found = index.retrieve(words, k=min(k, len(documents)), **quiet)
-        return np.where(found.scores > 0, found.documents, -1)
+    def rank_bm25(self, split_identifiers=False):
+        """The same by BM25: (n, k), best first, -1 where nothing more was found."""
+        return bm25(self.documents, split_identifiers)(self.queries)
 
     def scores(self, rankings):
         """metric -> its value for each query."""
@@ -237,27 +266,32 @@ def dev_scores(model, tasks, max_tokens, number):
 
 
 def ladder(options):
-    """BM25, random weights, and the model after each stage, on the same held-out queries."""
-    tasks, rows = Retrieval.open_all(options.data, options.split), {}
+    """BM25, random weights, the model after each stage, and the last one together with BM25, on the
+    same held-out queries."""
+    tasks, rows, matched = Retrieval.open_all(options.data, options.split), {}, None
     print(f"{'':28}" + "".join(f"{task.name + ', nDCG@10':>32}{'MRR@10':>10}" for task in tasks))
     for name, split_identifiers in (("BM25", False), ("BM25, identifiers split", True)):
         if importlib.util.find_spec("bm25s"):
-            rankings = [task.rank_bm25(split_identifiers) for task in tasks]
-            rows[name] = ladder_row(name, tasks, rankings)
+            matched = [task.rank_bm25(split_identifiers) for task in tasks]
+            rows[name] = ladder_row(name, tasks, matched)
         else:
             print(f"{name}: not measured; pip install -r requirements.txt")
     for name, model, directory in models_of(options):
         length = options.max_tokens or model.config.trained_length
-        rows[name] = ladder_row(name, tasks, [task.rank(model, length) for task in tasks])
+        rankings = [task.rank(model, length) for task in tasks]
+        rows[name] = ladder_row(name, tasks, rankings)
         for task in tasks if directory else ():
             title = f"{options.split} split of {task.name}, among {len(task.documents):,} documents"
             record(directory, title, means(rows[name][task.name]))
+    if matched:
+        both = [fuse(pair) for pair in zip(matched, rankings, strict=True)]
+        rows["the last and BM25 together"] = ladder_row("the last and BM25 together", tasks, both)
     save_results(options.out, "ladder", rows)
     if Path(options.out, "mlm").is_dir():
         masked = NomicBertForMaskedLM.from_pretrained(f"{options.out}/mlm", device=best_device())
         folder = f"{options.data}/stage1/{options.split}"
         texts = Sequences(folder, masked.bert.tokenizer, masked.config.trained_length)
-        loss, hit = held_out_scores(masked, [texts[i] for i in range(len(texts))])
+        loss, hit, _ = held_out_scores(masked, [texts[i] for i in range(len(texts))])
         accuracy, perplexity = summary(hit), math.exp(loss.mean())
         save_results(options.out, "masked", {"accuracy": accuracy, "perplexity": perplexity})
         print(f"\nafter stage 1: {len(loss):,} masked tokens of {options.split} text, "
@@ -284,10 +318,14 @@ def ladder_row(name, tasks, rankings):
 
 
 def models_of(options):
-    """(name of the row, model, its directory): random weights, and each stage that was trained."""
+    """(name of the row, model, its directory): word vectors alone, where OUT/words has a run
+    without layers; random weights; and each stage that was trained."""
     trained = [stage for stage in STAGES if Path(options.out, stage, "model.safetensors").is_file()]
     if not trained:
         raise InputError(f"nothing was trained in {options.out}: python mlm.py, or make demo")
+    if Path(options.out, "words", "model.safetensors").is_file():
+        words = Path(options.out, "words")
+        yield "word vectors alone", NomicBert.from_pretrained(words, device=best_device()), words
     for stage in trained:
         model = NomicBert.from_pretrained(Path(options.out, stage), device=best_device())
         if stage == trained[0]:
@@ -343,17 +381,19 @@ def long(options, times=(1, 2, 4, 8, 16)):
     task, table = Retrieval(Path(options.data, "long", "pages"), "test"), {}
     print(f"{len(windows)} windows of {longest} held-out tokens: the same masks at every length")
     print(f"{len(task.queries)} queries, {len(task.documents)} documents truncated to each length")
-    print(f"\n{'':14}{'tokens':>8}{'masked accuracy':>20}{'loss':>8}{'nDCG@10':>20}")
+    print(f"\n{'':14}{'tokens':>8}{'masked accuracy':>20}{f'beyond {length}':>16}{'nDCG@10':>20}")
     for name in scalings(1):
         for n in times:
             masked.bert.rope = dataclasses.replace(masked.bert.rope, **scalings(n)[name])
             encoder.rope = dataclasses.replace(encoder.rope, **scalings(n)[name])
-            loss, hit = held_out_scores(masked, windows, piece=n * length)
+            _, hit, place = held_out_scores(masked, windows, piece=n * length)
             rankings = task.rank(encoder, n * length)
-            row = {"accuracy": hit, "loss": loss, "nDCG@10": task.scores(rankings)["nDCG@10"]}
+            row = {"accuracy": hit, "nDCG@10": task.scores(rankings)["nDCG@10"]}
+            row |= {"beyond": hit[place >= length]} if n > 1 else {}
             row = {metric: summary(values) for metric, values in row.items()}
             table.setdefault(name, {})[n * length] = row
-            cells = f"{shown(row['accuracy']):>20}{row['loss']['mean']:8.3f}"
+            beyond = shown(row["beyond"]) if n > 1 else ""
+            cells = f"{shown(row['accuracy']):>20}{beyond:>16}"
             print(f"{name:14}{n * length:8}{cells}{shown(row['nDCG@10']):>20}", flush=True)
     save_results(options.out, "long", {"trained length": length, "table": table})
 
@@ -462,7 +502,8 @@ def index(model, directory, corpus, rows, max_tokens):
 
 
 def search(options, query=None):
-    """Prints the ten best documents; without a query, asks for queries until an empty line."""
+    """Prints the ten best documents with their cosines; without a query, asks for queries until an
+    empty line."""
     if query is not None and not query.strip():
         raise InputError('the query is empty: python evaluate.py search "how do I read a csv file"')
     model, directory, length = open_model(options)
@@ -476,13 +517,20 @@ def search(options, query=None):
         rows.append(row)
     if not rows:
         raise InputError(f"{corpus} has no documents")
-    embeddings = index(model, directory, corpus, rows, length)
+    embeddings, match = index(model, directory, corpus, rows, length), None
+    if importlib.util.find_spec("bm25s") and not options.model_only:
+        print(
+            "ranked by the model and BM25 together; --model-only leaves BM25 out", file=sys.stderr
+        )
+        match = bm25([row["text"] for row in rows], split_identifiers=True)
     for asked in typed_queries() if query is None else [query]:
-        scores, numbers = top_k(model.encode([PREFIXES["query"] + asked]), embeddings, k=10)
-        for score, number in zip(scores[0], numbers[0], strict=True):
-            row = rows[number]
+        asked_for = model.encode([PREFIXES["query"] + asked])  # (1, E)
+        numbers = top_k(asked_for, embeddings, k=100)[1]
+        numbers = fuse([numbers, match([asked])]) if match else numbers
+        for number in numbers[0, :10]:
+            row, cosine = rows[number], float(embeddings[number] @ asked_for[0])
             text = " ".join(row["text"].removeprefix(row["_id"]).split())
-            print(f"{score:.3f}  {row['_id']}\n       {text[:90]}")
+            print(f"{cosine:.3f}  {row['_id']}\n       {text[:90]}")
 
 
 def typed_queries():
@@ -493,12 +541,58 @@ def typed_queries():
 
 
 # ------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def alignment(query, document):
+    """The mean squared distance of pairs (n, E) each, 0 to 4 (Wang and Isola, arXiv 2005.10242):
+    small where texts that belong together are together."""
+    return float(((query - document) ** 2).sum(1).mean())
+
+
+def uniformity(x):
+    """log of the mean of exp(-2 * squared distance) over all pairs of x (n, E): -4 to 0, small
+    where embeddings are spread over the whole sphere."""
+    distances = 2 - 2 * x @ x.T
+    return float(np.log(np.exp(-2 * distances[~np.eye(len(x), dtype=bool)]).mean()))
+
+
+def map_of(options, size=2000, queries=3):
+    """The same documents under each model, projected to the plane: name of the model -> points
+    (n, 2), whose last ones are queries, what each query finds first, alignment and uniformity."""
+    from sklearn.manifold import TSNE
+
+    task = Retrieval.open_all(options.data, options.split, pool=size)[0]
+    asked = np.linspace(0, len(task.queries) - 1, queries + 2).astype(int)[1:-1]
+    right = np.array([min(relevant) for relevant in task.relevant])
+    groups = [re.split(r"[./#]", name)[0] for name in task.names]
+    panels = {}
+    for name, model, _ in models_of(options):
+        document, query = (
+            model.encode(
+                [task.prefixes[side] + text for text in texts], model.config.trained_length
+            )
+            for side, texts in (("document", task.documents), ("query", task.queries))
+        )
+        settings = {"metric": "cosine", "random_state": options.seed}
+        panels[name] = {
+            "points": TSNE(**settings).fit_transform(np.concatenate([document, query[asked]])),
+            "found": top_k(query[asked], document, 1)[1][:, 0],
+            "alignment": alignment(query, document[right]),
+            "uniformity": uniformity(document),
+        }
+    about = {"queries": [task.queries[i] for i in asked], "right": right[asked]}
+    return {"panels": panels, "groups": groups, **about}
 
 
 def plot(options):
+    """Pictures of what is in OUT, as PNG."""
     from common.plots import plot_all
 
-    print("\n".join(f"wrote {path}" for path in plot_all(options.out)))
+    trained = any(Path(options.out, stage, "model.safetensors").is_file() for stage in STAGES)
+    there = trained and Path(options.data, "retrieval").is_dir()
+    paths = plot_all(options.out, map_of(options) if there else None)
+    print("\n".join(f"wrote {path}" for path in paths))
 
 
 def main(arguments):

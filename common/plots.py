@@ -1,5 +1,7 @@
 """Pictures of what runs and evaluations left behind: `python evaluate.py plot`."""
 
+import math
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +30,9 @@ TITLES = {
 }
 
 
-def plot_all(out):
-    """Draws everything that the folder `out` has results for. Returns the paths of the pictures."""
+def plot_all(out, map_of_documents=None):
+    """Draws everything that the folder `out` has results for, and a map (evaluate.map_of). Returns
+    the paths of the pictures."""
     out, made = Path(out), []
     results = read_json(out / "results.json") if (out / "results.json").is_file() else {}
     logs = {
@@ -41,6 +44,7 @@ def plot_all(out):
         ("curves", draw_curves, logs),
         ("ladder", draw_ladder, results.get("ladder")),
         ("length", draw_length, results.get("long")),
+        ("map", draw_map, map_of_documents),
     )
     with plt.rc_context(STYLE):
         for name, draw, content in pictures:
@@ -111,14 +115,16 @@ def draw_ladder(rows):
 def draw_length(results):
     """Masked accuracy and retrieval by length, a line for each scaling of RoPE."""
     trained, table = results["trained length"], results["table"]
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
     for axis, metric, title in (
         (axes[0], "accuracy", "masked tokens predicted, held-out text"),
-        (axes[1], "nDCG@10", "nDCG@10, long documents truncated to the length"),
+        (axes[1], "beyond", "the same, beyond the trained length only"),
+        (axes[2], "nDCG@10", "nDCG@10, long documents truncated to the length"),
     ):
         for (name, row), color in zip(table.items(), (GREY, GREEN, ORANGE, BLUE), strict=True):
             lengths = [int(length) for length in row]
-            mean, error = ([row[n][metric][k] or 0 for n in row] for k in ("mean", "error"))
+            scores = [row[n].get(metric, {"mean": math.nan, "error": 0}) for n in row]
+            mean, error = ([score[k] or 0 for score in scores] for k in ("mean", "error"))
             style = {"color": color, "label": name, "marker": "o", "ms": 3, "capsize": 2}
             axis.errorbar(lengths, mean, error, **style)
         axis.axvline(trained, color="black", lw=0.8, ls=":")
@@ -128,4 +134,33 @@ def draw_length(results):
         axis.set_xticks(lengths, [str(length) for length in lengths])
         axis.set(title=title, xlabel="length of a text, in tokens", ylim=(0, None))
     axes[0].legend()
+    return figure
+
+
+def draw_map(content):
+    """Documents as points, coloured by package; queries as stars, with a line to what they find
+    first: solid and green where it is right, red where it is wrong, and then dotted to what is."""
+    panels, groups = content["panels"], content["groups"]
+    named = [name for name, _ in Counter(groups).most_common(4)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 4), squeeze=False)
+    for axis, (title, panel) in zip(axes[0], panels.items(), strict=True):
+        points, colors = panel["points"], (BLUE, ORANGE, GREEN, "#805ad5")
+        for name, color in [("others", "#cbd5e0"), *zip(named, colors, strict=False)]:
+            own = [i for i, g in enumerate(groups) if (g if g in named else "others") == name]
+            axis.scatter(*points[own].T, s=3, color=color, label=name, linewidths=0)
+        for star, found, right in zip(
+            points[len(groups) :], panel["found"], content["right"], strict=True
+        ):
+            axis.plot(*star, "*", color="black", ms=9, zorder=3)
+            for target, style in (
+                ((found, "-"), (right, ":")) if found != right else ((right, "-"),)
+            ):
+                color = "#2f855a" if target == right else "#c53030"
+                axis.plot(*zip(star, points[target], strict=True), style, color=color, lw=1.5)
+        caption = f"alignment {panel['alignment']:.2f}, uniformity {panel['uniformity']:.2f}"
+        axis.set(title=title, xlabel=caption, xticks=[], yticks=[])
+        axis.grid(False)
+    axes[0][0].legend(fontsize=7, markerscale=3, loc="lower left")
+    asked = "; ".join(f"“{query[:50]}”" for query in content["queries"])
+    figure.suptitle(f"Each point is a document, each star a query: {asked}", fontsize=8)
     return figure

@@ -8,13 +8,25 @@ import re
 
 import numpy as np
 import pytest
-from tiny import cases, tiny_model, train
+from tiny import cases, tiny_model, train, unit_rows
 
 import contrastive
 import evaluate
 from common.options import InputError
 from data.tasks import read_scored_pairs
-from evaluate import Options, Retrieval, mrr, ndcg, pearson, ranks, recall, spearman, summary, top_k
+from evaluate import (
+    Options,
+    Retrieval,
+    fuse,
+    mrr,
+    ndcg,
+    pearson,
+    ranks,
+    recall,
+    spearman,
+    summary,
+    top_k,
+)
 from model import NomicBert
 
 
@@ -151,6 +163,21 @@ def test_a_sampled_pool_keeps_every_relevant_document(tmp_path):
     assert len(sample.queries) == 1 and len(sample.documents) == 5
     (right,) = sample.relevant[0]
     assert sample.documents[right] == whole.documents[7]
+
+
+def test_fusion_adds_up_reciprocal_ranks():
+    """5 is second in both: 2 / 62. 3 and 7 are first in one: 1 / 61; 9 is third: 1 / 63."""
+    fused = fuse([np.array([[3, 5, 9]]), np.array([[7, 5, -1]])], k=5)
+    assert fused.tolist() == [[5, 3, 7, 9, -1]]
+
+
+def test_alignment_and_uniformity_equal_their_definitions():
+    x, y = unit_rows(30, seed=1).astype(float), unit_rows(30, seed=2).astype(float)
+    distances = [((x[i] - x[j]) ** 2).sum() for i in range(30) for j in range(30) if i != j]
+    assert evaluate.uniformity(x) == pytest.approx(
+        math.log(np.mean(np.exp(-2 * np.array(distances))))
+    )
+    assert evaluate.alignment(x, y) == pytest.approx(np.mean([((x - y) ** 2).sum(1)]))
 
 
 def test_a_folder_is_scored_beside_bm25(directory, tmp_path, capsys):
@@ -319,12 +346,13 @@ def test_each_type_of_mteb_task_has_the_prefix_of_the_paper():
 
 @pytest.fixture
 def search(directory, tmp_path, capsys):
-    """Searches CORPUS. Returns what is printed on stdout and stderr."""
+    """Searches CORPUS with the model alone. Returns what is printed on stdout and stderr."""
     lines = "".join(json.dumps(row) + "\n" for row in CORPUS)
     write_text(tmp_path / "search" / "corpus.jsonl", lines)
 
-    def search():
+    def search(model_only=True):
         options = Options(model=str(directory), data=str(tmp_path), out=str(tmp_path))
+        options.model_only = model_only
         evaluate.search(options, "document number 13")
         return capsys.readouterr()
 
@@ -341,6 +369,13 @@ def test_search_shows_the_ten_best_by_cosine(search, directory):
     assert len(scores) == 10 and scores == sorted(scores, reverse=True)
     np.testing.assert_allclose(scores, sorted(cosines.values(), reverse=True)[:10], atol=2e-3)
     np.testing.assert_allclose(scores, [cosines[name] for _, name in shown], atol=2e-3)
+
+
+def test_search_takes_bm25_along_and_says_so(search):
+    shown, alone = search(model_only=False), search()
+    assert "the model and BM25 together; --model-only" in shown.err
+    assert "BM25" not in alone.err and shown.out != alone.out
+    assert "d13" in shown.out.splitlines()[0], "the only one with all words of the query"
 
 
 def test_embeddings_are_kept_until_the_checkpoint_changes_or_they_are_damaged(search, directory):

@@ -341,6 +341,32 @@ def test_each_stage_starts_from_the_one_before_and_inherits_its_shape(
     assert NomicBert.from_pretrained(out).config.hidden_size == 64
 
 
+def test_a_model_without_layers_is_the_mean_of_word_vectors(data, tmp_path):
+    train(contrastive, data, tmp_path, "--num-hidden-layers=0")
+    model = NomicBert.from_pretrained(tmp_path)
+    tokens = torch.tensor(model.tokenizer.encode("some words").ids)
+    words = model.emb_ln(model.embeddings(tokens)).mean(0).detach()
+    np.testing.assert_allclose(model.encode(["some words"])[0], words / words.norm(), atol=1e-6)
+
+
+def test_a_ladder_and_its_pictures_have_every_row_that_was_trained(
+    data, tmp_path, finished, capsys
+):
+    out = shutil.copytree(finished["folder"], tmp_path / "out")
+    train(contrastive, data, out / "words", "--num-hidden-layers=0")
+    options = [f"--data={data}", f"--out={out}"]
+    capsys.readouterr()
+    evaluate.main(options)
+    rows = [line[:28].strip() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows[:9] == [
+        "BM25", "BM25, identifiers split", "word vectors alone", "random weights", "after stage 1",
+        "after stage 2", "after stage 3", "the last and BM25 together", ""
+    ]  # fmt: skip
+    evaluate.main(["plot", *options])
+    pictures = {path.name for path in out.glob("*.png")}
+    assert pictures == {"curves.png", "ladder.png", "map.png"}
+
+
 def test_a_shape_that_contradicts_the_checkpoint_is_refused_by_name(data, tmp_path, finished):
     message = "--hidden-size contradicts .*mlm, where it is 64: leave it out"
     with pytest.raises(InputError, match=message):
