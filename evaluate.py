@@ -565,7 +565,7 @@ def map_of(options, size=2000, queries=3):
     task = Retrieval.open_all(options.data, options.split, pool=size)[0]
     asked = np.linspace(0, len(task.queries) - 1, queries + 2).astype(int)[1:-1]
     right = np.array([min(relevant) for relevant in task.relevant])
-    groups = [re.split(r"[./#]", name)[0] for name in task.names]
+    groups = [re.split(r"[./#]", name)[0].lstrip("_") for name in task.names]
     panels = {}
     for name, model, _ in models_of(options):
         document, query = (
@@ -574,7 +574,7 @@ def map_of(options, size=2000, queries=3):
             )
             for side, texts in (("document", task.documents), ("query", task.queries))
         )
-        settings = {"metric": "cosine", "random_state": options.seed}
+        settings = {"metric": "cosine", "max_iter": 500, "random_state": options.seed}
         panels[name] = {
             "points": TSNE(**settings).fit_transform(np.concatenate([document, query[asked]])),
             "found": top_k(query[asked], document, 1)[1][:, 0],

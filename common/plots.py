@@ -56,7 +56,7 @@ def plot_all(out, map_of_documents=None):
                 raise InputError(f"{out}: no picture of {name} from its files: {error!r}") from None
             figure.tight_layout()
             path = out / f"{name}.png"
-            write_whole(path, partial(figure.savefig, dpi=130, format="png"))
+            write_whole(path, partial(figure.savefig, dpi=130, format="png", bbox_inches="tight"))
             plt.close(figure)
             made.append(path)
     return made
@@ -160,7 +160,9 @@ def draw_map(content):
         caption = f"alignment {panel['alignment']:.2f}, uniformity {panel['uniformity']:.2f}"
         axis.set(title=title, xlabel=caption, xticks=[], yticks=[])
         axis.grid(False)
-    axes[0][0].legend(fontsize=7, markerscale=3, loc="lower left")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncol": len(labels)}
+    figure.legend(handles, labels, fontsize=8, markerscale=3, **place)
     asked = "; ".join(f"“{query[:50]}”" for query in content["queries"])
     figure.suptitle(f"Each point is a document, each star a query: {asked}", fontsize=8)
     return figure
