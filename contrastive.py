@@ -67,6 +67,7 @@ class Config:
     steps: int = 300  # optimizer steps
     lr: float = 3e-3  # peak of the learning rate; small models need a larger one [0, 1000]
     warmup: int = 30  # steps in which the rate rises [0, 1e9]
+    decay: str = "sqrt"  # of the rate after that: sqrt, as the paper's, or linear, to 0 at the end
     weight_decay: float = 0.01  # of matrices; norms have none [0, 1]
     clip: float = 1.0  # largest norm of the gradient [0, 1e9]
 
@@ -115,9 +116,13 @@ PRESETS = {
 
 def learning_rate(step, config):
     """Rises linearly for `warmup` steps, then falls with the inverse square root of the step (the
-    later code: cosine)."""
-    warmup = max(1, config.warmup)
-    return config.lr * min((step + 1) / warmup, (warmup / (step + 1)) ** 0.5)
+    later code: cosine), or linearly to 0."""
+    warmup = max(1, min(config.warmup, config.steps // 2))
+    if config.decay == "linear":
+        left = (config.steps - step) / max(1, config.steps - warmup)
+    else:
+        left = (warmup / (step + 1)) ** 0.5
+    return config.lr * min((step + 1) / warmup, left)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -293,6 +298,8 @@ def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
     if config.keep not in ("embeddings", "all"):
         raise InputError(f"--keep={config.keep}: give embeddings or all")
+    if config.decay not in ("sqrt", "linear"):
+        raise InputError(f"--decay={config.decay}: give sqrt or linear")
     rank, world, device = distributed.start(config.batch_size)
     distributed.call_everywhere(lambda: rank == 0 and pydocs.make_if_missing(config.data))
     run = Run("contrastive", config, origin)

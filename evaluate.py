@@ -574,9 +574,12 @@ def map_of(options, size=2000, queries=3):
             )
             for side, texts in (("document", task.documents), ("query", task.queries))
         )
+        perplexity = min(30, len(document) // 3)  # roughly how many neighbours a point should have
         settings = {"metric": "cosine", "max_iter": 500, "random_state": options.seed}
         panels[name] = {
-            "points": TSNE(**settings).fit_transform(np.concatenate([document, query[asked]])),
+            "points": TSNE(perplexity=perplexity, **settings).fit_transform(
+                np.concatenate([document, query[asked]])
+            ),
             "found": top_k(query[asked], document, 1)[1][:, 0],
             "alignment": alignment(query, document[right]),
             "uniformity": uniformity(document),

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import contrastive
 import mlm
-from bench import estimate, experiments
-from common.files import read_json, write_json
+from bench import curve, estimate, experiments
+from common.files import load_tokenizer, read_json, write_json
 from common.options import InputError
 from data.prepare import write_source
-from data.store import Source, pack
+from data.store import Source, open_sources, pack
 from data.tasks import write_task
 from model import Block, ModelConfig, NomicBert, NomicBertForMaskedLM, find_segments
 
@@ -153,6 +153,33 @@ def test_what_is_evaluated_is_never_trained_on(killed):
     training = "".join(p.read_text() for p in killed[0].glob("data/stage[23]/*/pairs.jsonl"))
     assert sum(sentence(0, i, words=30) in training for i in range(40)) > 10
     assert not any(sentence(9, i, words=30) in training for i in range(20))
+
+
+def test_the_curve_of_pairs_has_each_line_with_its_best_rate_and_continues(data, tmp_path, capsys):
+    options = [f"--data={data}", f"--out={tmp_path}/out", "--sizes=60,90", "--mlm-steps=8"]
+    options += ["--rates=1e-3,3e-3", "--seeds=1", "--layers=1", "--hidden-size=64"]
+    curve.main(options)
+    runs = read_json(tmp_path / "out/results.json")["runs"]
+    assert len(runs) == 2 * 2 * 2 and (tmp_path / "out/curve.png").is_file()
+    pairs = sum(
+        len(source)
+        for source in open_sources(tmp_path / "out/pairs-60-0/stage2", load_tokenizer(data))
+    )
+    assert abs(pairs - 60) <= 4
+    for line, size in (("random weights", 60), ("8", 90)):
+        tried = {
+            rate: curve.dev_score(scores)
+            for n, m, rate, _, scores in runs
+            if (n, m) == (line, size)
+        }
+        keyed = {tuple(run[:4]): run[4] for run in runs}
+        assert len(tried) == 2 and curve.points_of(keyed, line, size)[0] == max(
+            tried, key=tried.get
+        )
+    capsys.readouterr()
+    curve.main([*options])
+    shown = capsys.readouterr().out
+    assert "rate" not in shown and "| 60 |" in shown and "summary-code" in shown
 
 
 REFUSED = {

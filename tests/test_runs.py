@@ -22,6 +22,7 @@ import evaluate
 import finetune
 import mlm
 from bench import faults
+from common import plots
 from common.files import read_json, write_json
 from common.options import InputError
 from common.run import Run
@@ -362,7 +363,10 @@ def test_a_ladder_and_its_pictures_have_every_row_that_was_trained(
         "BM25", "BM25, identifiers split", "word vectors alone", "random weights", "after stage 1",
         "after stage 2", "after stage 3", "the last and BM25 together", ""
     ]  # fmt: skip
-    evaluate.main(["plot", *options])
+    panels = evaluate.map_of(evaluate.Options(data=str(data), out=str(out)), size=60)
+    assert list(panels["panels"]) == rows[2:7]
+    assert all(panel["points"].shape == (63, 2) for panel in panels["panels"].values())
+    plots.plot_all(out, panels)
     pictures = {path.name for path in out.glob("*.png")}
     assert pictures == {"curves.png", "ladder.png", "map.png"}
 

@@ -1,0 +1,207 @@
+"""What is stage 1 worth, counted in pairs? nDCG@10 against the number of pairs of stage 2, from
+random weights and after stage 1 of several lengths.
+
+    python bench/curve.py                                            # many hours on two cores
+    python bench/curve.py --sizes=1500 --mlm-steps=200 --seeds=1     # one point of each line
+
+A comparison is fair only if each line has its own learning rate: the best on dev, in the first
+seed, of --rates. All weights of stage 1 are kept, and the rate falls to 0. Reported is test, with
+standard errors over queries of the mean over seeds; differences are those of each query. A seed
+draws other pairs too. OUT/results.json, report.md and curve.png are written after every run; the
+same command continues after an interruption.
+"""
+
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import contrastive
+import mlm
+from common.device import best_device
+from common.files import load_tokenizer, read_json, write_json, write_text, write_whole
+from common.options import InputError, cli, read_options
+from data import pydocs
+from data.filter import link_or_copy
+from data.prepare import data_folder, write_source
+from data.store import open_sources
+from evaluate import Retrieval, shown, summary
+from model import NomicBert
+
+RANDOM = "random weights"
+
+
+@dataclass
+class Options:
+    data: str = "out/pydocs"  # a data folder
+    out: str = "out/curve"  # for runs, results and the picture
+    sizes: str = "500,1500,5000,15000,45000,131000"  # pairs of stage 2, drawn from all sources
+    mlm_steps: str = "800,2200"  # lengths of stage 1, a line each
+    rates: str = "3e-4,1e-3,3e-3"  # learning rates to choose from
+    seeds: int = 3  # of each point
+    layers: int = 2  # of the model
+    hidden_size: int = 256  # of the model [64, 4096]
+
+
+def draw_pairs(data, out, count, seed):
+    """Writes the data folder `out`: `data` with `count` pairs of stage 2, some of each source."""
+    if out.exists():
+        return
+    sources = open_sources(data / "stage2", load_tokenizer(data))
+    share = min(1, count / sum(map(len, sources)))
+    with data_folder(out) as folder:
+        shutil.copytree(
+            data,
+            folder,
+            ignore=lambda path, names: ["stage2"] if Path(path) == data else [],
+            copy_function=link_or_copy,
+            dirs_exist_ok=True,
+        )
+        for source in sources:
+            order = np.random.default_rng([seed, len(source)]).permutation(len(source))
+            keep = np.zeros(len(source), bool)
+            keep[order[: round(share * len(source))]] = True
+            old, prefixes = data / "stage2" / source.name, source.meta["prefixes"]
+            new = folder / "stage2" / source.name
+            write_source(new, {}, prefixes, load_tokenizer(data), stored=[old], keep=keep)
+
+
+def run_point(options, line, size, rate, seed):
+    """Trains one model. Returns split -> task -> nDCG@10 of each query."""
+    out, shape = Path(options.out), [f"--hidden-size={options.hidden_size}"]
+    shape += [f"--num-hidden-layers={options.layers}", f"--seed={seed}", "--eval-every=0"]
+    init = []
+    if line != RANDOM:
+        init = [f"--init={out}/mlm-{line}-{seed}", "--keep=all"]
+        given = [f"--data={options.data}", f"--out={out}/mlm-{line}-{seed}", f"--steps={line}"]
+        mlm.main([*given, *shape])
+    data, batch_size = out / f"pairs-{size}-{seed}", 256 if size < 100_000 else 512
+    draw_pairs(Path(options.data), data, size, seed)
+    steps = min(300, max(40, 12 * size // batch_size))
+    name = f"{line}-{size}-{rate}-{seed}".replace(" ", "-")
+    given = [f"--data={data}", f"--out={out}/{name}", f"--lr={rate}", f"--steps={steps}"]
+    given += ["--decay=linear", f"--batch-size={min(batch_size, size)}"]
+    contrastive.main([*given, *init, *(shape if not init else shape[2:])])
+    model = NomicBert.from_pretrained(out / name, device=best_device())
+    length, scores = model.config.trained_length, {}
+    for split in ("dev", "test"):
+        tasks = Retrieval.open_all(options.data, split)
+        scores[split] = {t.name: t.scores(t.rank(model, length))["nDCG@10"] for t in tasks}
+    shutil.rmtree(out / name)  # its scores are what is needed
+    return scores
+
+
+def dev_score(scores):
+    return np.mean([np.mean(values) for values in scores["dev"].values()])
+
+
+def points_of(runs, line, size):
+    """(the best rate on dev in seed 0, task -> nDCG@10 of each query of test, mean over seeds)."""
+    rates = {rate for name, found, rate, _ in runs if (name, found) == (line, size)}
+    tried = {rate: dev_score(runs[line, size, rate, 0]) for rate in rates}
+    if not tried:
+        return None, {}
+    best = max(tried, key=tried.get)
+    seeds = [scores["test"] for key, scores in runs.items() if key[:3] == (line, size, best)]
+    return best, {task: np.mean([seed[task] for seed in seeds], axis=0) for task in seeds[0]}
+
+
+def report(runs, lines, sizes):
+    """(a Markdown table for each task: nDCG@10, the rate, the difference from random weights; the
+    points)."""
+    text = ""
+    points = {(line, size): points_of(runs, line, size) for line in lines for size in sizes}
+    for task in next(found for _, found in points.values() if found):
+        titles = [name if name == RANDOM else f"stage 1, {name} steps" for name in lines]
+        text += f"\n{task}\n\n| pairs | {' | '.join(titles)} |\n|---:|{'---:|' * len(lines)}\n"
+        for size in sizes:
+            cells, base = [], points[RANDOM, size][1]
+            for line in lines:
+                rate, found = points[line, size]
+                cell = f"{shown(summary(found[task]))} at {rate}" if found else ""
+                if line != RANDOM and found and base:
+                    cell += f", {shown(summary(found[task] - base[task]))}"
+                cells.append(cell)
+            text += f"| {size:,} | {' | '.join(cells)} |\n"
+    return text, points
+
+
+def draw(points, lines, sizes, path):
+    """A line with a band of one standard error for each start; where a line of stage 1 falls below
+    that of random weights, a dotted mark: the crossover."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(next(found for _, found in points.values() if found))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.4), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        curves = {}
+        for line, color in zip(lines, ("#a0aec0", "#dd6b20", "#2b6cb0", "#2f855a"), strict=False):
+            found = [(n, summary(points[line, n][1][task])) for n in sizes if points[line, n][1]]
+            x = np.array([n for n, _ in found])
+            mean, error = (np.array([s[key] for _, s in found]) for key in ("mean", "error"))
+            label = line if line == RANDOM else f"after stage 1 of {line} steps"
+            axis.plot(x, mean, "o-", ms=3, color=color, label=label)
+            axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, lw=0)
+            curves[line] = dict(zip(x.tolist(), mean, strict=True)), color
+        for curve, color in curves.values():
+            both = [n for n in curve if n in curves[RANDOM][0]]
+            ahead = [curve[n] - curves[RANDOM][0][n] for n in both]
+            for i in range(len(both) - 1):
+                if ahead[i] > 0 >= ahead[i + 1]:  # straight lines over the logarithm of the pairs
+                    part = ahead[i] / (ahead[i] - ahead[i + 1])
+                    axis.axvline(both[i] * (both[i + 1] / both[i]) ** part, color=color, ls=":")
+        axis.set(xscale="log", title=task, xlabel="pairs of stage 2", ylabel="nDCG@10, test")
+        axis.set_xticks(sizes, [f"{n:,}" for n in sizes], fontsize=7)
+        axis.minorticks_off()
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    plt.close(figure)
+
+
+def main(arguments):
+    options, _ = read_options(Options, arguments)
+    sizes, rates = ([x for x in text.split(",") if x] for text in (options.sizes, options.rates))
+    lines = [RANDOM, *(x for x in options.mlm_steps.split(",") if x)]
+    if (
+        not rates
+        or not sizes
+        or not all(x.isdecimal() and int(x) >= 8 for x in [*sizes, *lines[1:]])
+    ):
+        raise InputError(
+            "--sizes and --mlm-steps: whole numbers from 8, with commas; --rates: some"
+        )
+    sizes, out = [int(size) for size in sizes], Path(options.out)
+    pydocs.make_if_missing(options.data)
+    model = {key: asdict(options)[key] for key in ("data", "layers", "hidden_size")}
+    path = out / "results.json"
+    kept = read_json(path) if path.is_file() else {"model": model, "runs": []}
+    if kept.get("model") != model:
+        raise InputError(f"{path} has results of {kept.get('model')}: choose another --out")
+    runs = {(line, size, rate, seed): scores for line, size, rate, seed, scores in kept["runs"]}
+
+    def run(*key):
+        if key not in runs:
+            print("\n{}, {:,} pairs, rate {}, seed {}".format(*key), flush=True)
+            runs[key] = run_point(options, *key)
+            write_json(path, {"model": model, "runs": [[*k, v] for k, v in runs.items()]})
+            text, points = report(runs, lines, sizes)
+            write_text(out / "report.md", text)
+            draw(points, lines, sizes, out / "curve.png")
+
+    for seed in range(options.seeds):
+        for size in sizes:
+            for line in lines:
+                for rate in rates if seed == 0 else [points_of(runs, line, size)[0]]:
+                    run(line, size, rate, seed)
+    print(report(runs, lines, sizes)[0])
+
+
+if __name__ == "__main__":
+    cli(main)
