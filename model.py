@@ -327,9 +327,10 @@ class NomicBert(nn.Module):
         through the model at once; None is what suits the device. Raises InputError for numbers out
         of range, for anything but strings, and without a tokenizer."""
         size = self.config.hidden_size
-        if dims is not None and dims not in range(1, size + 1):
+        whole = (int, np.integer)
+        if dims is not None and not (isinstance(dims, whole) and 1 <= dims <= size):
             raise InputError(f"dims={dims}: embeddings of this model have {size} dimensions")
-        if max_tokens not in range(3, 10**9):
+        if not (isinstance(max_tokens, whole) and max_tokens >= 3):
             raise InputError(f"max_tokens={max_tokens}: [CLS], a token and [SEP] make at least 3")
         if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
             raise InputError("encode takes a list of texts: write [text]")

@@ -100,7 +100,7 @@ class Run:
         try:
             self.state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
             before, self.step = dict(self.state["settings"]), self.state["step"]
-            if self.step not in range(self.config.steps + 1) and before == self.settings:
+            if not isinstance(self.step, int) or self.step < 0:
                 raise ValueError(f"step {self.step}")
         except Exception as error:  # a damaged file raises many types
             raise InputError(

@@ -155,31 +155,31 @@ def test_what_is_evaluated_is_never_trained_on(killed):
     assert not any(sentence(9, i, words=30) in training for i in range(20))
 
 
-def test_the_curve_of_pairs_has_each_line_with_its_best_rate_and_continues(data, tmp_path, capsys):
-    options = [f"--data={data}", f"--out={tmp_path}/out", "--sizes=60,90", "--mlm-steps=8"]
-    options += ["--rates=1e-3,3e-3", "--seeds=1", "--layers=1", "--hidden-size=64"]
+def test_the_curve_of_pairs_has_a_line_for_each_start_and_continues(data, tmp_path, capsys):
+    options = [f"--data={data}", f"--out={tmp_path}/out", "--sizes=30", "--mlm-steps=8"]
+    options += ["--rates=1e-3", "--seeds=1", "--layers=1", "--hidden-size=64"]
     curve.main(options)
     runs = read_json(tmp_path / "out/results.json")["runs"]
-    assert len(runs) == 2 * 2 * 2 and (tmp_path / "out/curve.png").is_file()
-    pairs = sum(
-        len(source)
-        for source in open_sources(tmp_path / "out/pairs-60-0/stage2", load_tokenizer(data))
-    )
-    assert abs(pairs - 60) <= 4
-    for line, size in (("random weights", 60), ("8", 90)):
-        tried = {
-            rate: curve.dev_score(scores)
-            for n, m, rate, _, scores in runs
-            if (n, m) == (line, size)
-        }
-        keyed = {tuple(run[:4]): run[4] for run in runs}
-        assert len(tried) == 2 and curve.points_of(keyed, line, size)[0] == max(
-            tried, key=tried.get
-        )
+    assert [run[:4] for run in runs] == [["random weights", 30, "1e-3", 0], ["8", 30, "1e-3", 0]]
+    sources = open_sources(tmp_path / "out/pairs-30-0/stage2", load_tokenizer(data))
+    assert abs(sum(map(len, sources)) - 30) <= 4 and (tmp_path / "out/curve.png").is_file()
     capsys.readouterr()
-    curve.main([*options])
+    curve.main(options)
     shown = capsys.readouterr().out
-    assert "rate" not in shown and "| 60 |" in shown and "summary-code" in shown
+    assert "seed" not in shown and "| 30 |" in shown and "summary-code" in shown
+
+
+def test_each_line_of_the_curve_has_the_rate_that_is_best_on_dev_in_the_first_seed():
+    def scores(dev, test):
+        return {"dev": {"x": [dev]}, "test": {"x": test}}
+
+    runs = {
+        ("8", 30, "1e-3", 0): scores(0.2, [0.9, 0.9]),
+        ("8", 30, "3e-3", 0): scores(0.3, [0, 1]),
+    }
+    runs[("8", 30, "3e-3", 1)] = scores(0.0, [1, 1])
+    rate, found = curve.points_of(runs, "8", 30)
+    assert rate == "3e-3" and found["x"].tolist() == [0.5, 1.0]
 
 
 REFUSED = {
