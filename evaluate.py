@@ -158,12 +158,13 @@ def bm25(documents, split_identifiers=False, k=100):
         texts = [text.replace("_", " ") if split_identifiers else text for text in texts]
         return bm25s.tokenize(texts, show_progress=False)
 
-    index = bm25s.BM25()
-    index.index(words(documents), show_progress=False)
+    index, known, k = bm25s.BM25(), words(documents), min(k, len(documents))
+    if not any(map(len, known.ids)):  # stop words and single letters alone: nothing is found
+        return lambda queries: np.full((len(queries), k), -1)
+    index.index(known, show_progress=False)
 
     def rank(queries):
-        k_found = min(k, len(documents))
-        found = index.retrieve(words(queries), k=k_found, show_progress=False)
+        found = index.retrieve(words(queries), k=k, show_progress=False)
         return np.where(found.scores > 0, found.documents, -1)
 
     return rank

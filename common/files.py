@@ -73,8 +73,8 @@ def read_lines(path):
 
     Raises InputError for a file that is missing, damaged or not UTF-8."""
     path, number = Path(path), 0
-    if not path.is_file() and path.with_name(path.name + ".gz").is_file():
-        path = path.with_name(path.name + ".gz")
+    if not path.exists() and Path(f"{path}.gz").is_file():
+        path = Path(f"{path}.gz")
     try:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig") as file:  # -sig drops a byte order mark
@@ -90,10 +90,16 @@ def fingerprint(content):
     """16 hexadecimal digits of the SHA-256 of a tokenizer, of bytes, or of the file at a path.
 
     Token ids fit a model if and only if both were made with the same tokenizer."""
+    digest = hashlib.sha256()
     if isinstance(content, Tokenizer):
-        content = content.to_str().encode()
-    data = content if isinstance(content, bytes) else Path(content).read_bytes()
-    return hashlib.sha256(data).hexdigest()[:16]
+        digest.update(content.to_str().encode())
+    elif isinstance(content, bytes):
+        digest.update(content)
+    else:
+        with open(content, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 def load_tokenizer(folder):

@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.files import load_tokenizer, read_lines, write_json
+from common.files import fingerprint, load_tokenizer, read_lines, write_json
 from common.options import InputError, cli, read_options, split_words
 from data import prepare
 from data.tasks import read_texts, write_jsonl, write_task
@@ -135,6 +135,8 @@ def pairs_in(row, source):
         value = None
     if isinstance(value, dict) and isinstance(value.get("set"), list):
         value = value["set"][:2]
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return [], "an array of objects, where each object needs a line of its own"
     if isinstance(value, list):
         query, documents, negatives = (*value[:2], None, None)[:2] + (value[2:],)
     elif isinstance(value, dict):
@@ -163,12 +165,14 @@ def pairs_in(row, source):
 def hold_out(source, options, folder):
     """Writes the retrieval task of a source of pairs. Returns (training text of its first rows,
     held-out queries, split -> held-out documents)."""
-    answers, row, fault = {}, None, "no row"  # answers: query -> its documents
+    answers, row, fault = {}, None, ""  # answers: query -> its documents
     for row in itertools.islice(read_rows(source, options.limit), SAMPLE):
         pairs, fault = pairs_in(row, source)
         for query, document, _ in pairs:
             answers.setdefault(query, []).append(document)
     if not answers:
+        if row is None or not fault:
+            raise InputError(f"{source.name} has no rows")
         start = str(row)[:60].strip()
         raise InputError(f"{source.name}: {fault} in {start}; --columns= names columns")
 
@@ -400,7 +404,7 @@ def main(arguments):
     for name in ("out", "processes", "show", "list"):  # these do not change what is written
         del inputs[name]
     here = [Path(p) for source in sources for p in source.places if Path(p).is_file()]
-    inputs["changed"] = {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in here}
+    inputs["changed"] = {str(path): fingerprint(path) for path in here}
     make(sources, options, inputs)
     if options.show:
         prepare.show_pairs(options.out, options.show)

@@ -4,6 +4,7 @@ the real thing."""
 import gzip
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -155,6 +156,8 @@ def test_bm25_does_not_find_documents_without_a_word_of_the_query(tmp_path):
     rankings = task.rank_bm25()
     assert rankings[0, 0] == 7 and (rankings[1] == -1).all()
     assert task.scores(rankings)["recall@100"] == [1.0, 0.0]
+    assert evaluate.bm25(["a", "b c"])(["a", "xylophone"]).tolist() == [[-1, -1]] * 2
+    assert evaluate.bm25(["many words"])(["a", ""]).tolist() == [[-1], [-1]]
 
 
 def test_a_sampled_pool_keeps_every_relevant_document(tmp_path):
@@ -237,12 +240,15 @@ def test_a_newline_within_quotes_and_a_long_field_are_part_of_the_sentence(tmp_p
         ("a,b,1\nc,d,1\n", "a.csv: 2 scores, all equal"),
         ("", "a.csv: 0 scores"),
         (None, "a.csv cannot be read: No such file"),
+        (os.mkdir, "a.csv cannot be read: Is a directory"),
         (gzip.compress(b"a,b,1\n", mtime=0)[:-9], "a.csv.gz cannot be read after line 1: Compres"),
     ],
 )
 def test_bad_pairs_are_an_error_that_names_the_line(tmp_path, text, message):
     path = tmp_path / ("a.csv.gz" if isinstance(text, bytes) else "a.csv")
-    if text is not None:
+    if callable(text):
+        text(path)
+    elif text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=message):
         read_scored_pairs(path)

@@ -223,6 +223,9 @@ COMMANDS = [
     (["latin.jsonl"], r"latin\.jsonl cannot be read.*utf-8"),
     (["damaged.parquet"], r"damaged\.parquet cannot be read"),
     (["other.jsonl"], 'other: no query in {"question".*--columns= names columns'),
+    (["blank.jsonl"], "blank has no rows"),
+    (["nothing.csv"], "nothing has no rows"),
+    (["array.json"], "array: an array of objects, where each object needs a line of its own in"),
     (["empty"], "empty: no .jsonl, .csv, .tsv or .parquet file"),
     (["missing.jsonl"], r"missing\.jsonl: no .jsonl"),
     (["good.jsonl", "old/good.jsonl"], "two sources are called good"),
@@ -248,6 +251,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, argumen
     save(tmp_path / "good.jsonl", pairs(30))
     save(tmp_path / "old/good.jsonl", pairs(30))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "nothing.csv").write_text("")
+    (tmp_path / "array.json").write_text(json.dumps(pairs(3)))
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(InputError, match=reason):
         prepare("out", *arguments)
