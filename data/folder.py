@@ -111,7 +111,8 @@ def read_folder(folder):
     if not Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder: give one with {', '.join(SUFFIXES)}")
     paths = files_in(folder)
-    documents = [read_document(path, path.relative_to(folder).as_posix()) for path in paths]
+    names = [re.sub(r"\s", " ", path.relative_to(folder).as_posix()) for path in paths]
+    documents = list(map(read_document, paths, names))  # names become ids, in files with tabs
     left_out = {d.name: "no text" for d in documents if len(words(d.text)) < 10}
     documents = [document for document in documents if document.name not in left_out]
     if not documents:

@@ -151,6 +151,7 @@ def front_matter(text):
     if not isinstance(fields, dict) or (match and match[2].strip() and not fields):
         return "", text
     title = fields.get("title") or ""
+    title = "" if isinstance(title, dict) else title
     title = ", ".join(map(str, title)) if isinstance(title, list) else str(title)
     title = title.strip("\"'") if fields is lines else title
     return " ".join(title.split()), text[match.end() :] if match else text

@@ -379,12 +379,15 @@ def test_which_files_are_read(tmp_path):
         "# 韭葱\n\n" + "韭葱喜欢深厚的土壤和充足的阳光", "utf-8"
     )
     (tmp_path / "notes/blank.rst").write_text("\n")
+    (tmp_path / "notes/two\nlines and\ta tab.md").write_text(
+        "# Odd\n\n## Name\n\n" + "odd name " * 20
+    )
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/far.md").write_text("# Far\n\n" + "a linked folder is read " * 9)
     os.symlink(tmp_path / "elsewhere", tmp_path / "notes/linked")
     os.symlink(tmp_path / "notes", tmp_path / "elsewhere/loop")
     meta = prepare_folder(tmp_path / "notes", tmp_path / "out")
-    assert meta["files"] == {"read": 9, "copy of another file": 1, "no text": 1}
+    assert meta["files"] == {"read": 10, "copy of another file": 1, "no text": 1}
 
 
 @pytest.mark.parametrize(
