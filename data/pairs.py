@@ -30,6 +30,7 @@ import shutil
 import signal
 import sys
 import time
+from array import array
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -230,7 +231,9 @@ def encode_rows(source, rows):
     repeats = held_out.find_rows(columns, counts)
     faults += [(numbers[i], prepare.REASONS[repeats[i]]) for i in np.flatnonzero(repeats)]
     rows = [dict(zip(PUBLISHED, row[1:], strict=True)) for row in kept if source.prefixes]
-    return columns, list(map(prepare.json_line, rows)), counts, repeats == 0, faults
+    keys = prepare.row_keys(*(columns[name] for name in source.prefixes or ["document"]))
+    keep = repeats == 0
+    return columns, list(map(prepare.json_line, rows)), counts, keep, keys[keep], faults
 
 
 def encode_all(source, rows, executor, waiting):
@@ -252,12 +255,13 @@ def encode_all(source, rows, executor, waiting):
 
 
 def write_pairs(folder, source, encoded, tokenizer):
-    """Writes a source from encode_all, first with copies of rows and then without. Returns the
-    number of rows, and a Counter of faults, of which the first of each is printed."""
+    """Writes a source from encode_all; once more, where rows are copies of others, without these.
+    Returns the number of rows, and a Counter of faults, of which the first of each is printed."""
     raw, faults = folder.with_name(f"{folder.name}.raw"), collections.Counter()
-    writer = prepare.SourceWriter(raw, source.prefixes, tokenizer)
-    for *batch, found in encoded:
+    writer, keys = prepare.SourceWriter(raw, source.prefixes, tokenizer), array("q")
+    for *batch, row_keys, found in encoded:
         writer.append(*batch)
+        keys.frombytes(row_keys.tobytes())
         for number, fault in found:
             if fault not in faults:
                 print(f"  {', '.join(source.places)}, row {number}: {fault}")
@@ -265,9 +269,15 @@ def write_pairs(folder, source, encoded, tokenizer):
     if not writer.rows:
         raise InputError(f"{source.name}: no row is left")
     writer.finish()
-    rows, copies = prepare.write_distinct(folder, [raw], source.prefixes, tokenizer)
-    faults |= {"copy of another row": copies} if copies else {}
-    shutil.rmtree(raw)
+    keep, rows = prepare.first_of_each(keys), writer.rows
+    if keep.all():
+        raw.rename(folder)
+    else:
+        rows, _ = prepare.write_source(
+            folder, {}, source.prefixes, tokenizer, stored=[raw], keep=keep
+        )
+        faults["copy of another row"] = writer.rows - rows
+        shutil.rmtree(raw)
     shown = ", ".join(f"{n:,} {fault}" for fault, n in faults.items()) or "none"
     print(f"  {'/'.join(folder.parts[-2:]):34} {rows:10,} rows; left out: {shown}")
     return rows, faults
@@ -305,8 +315,8 @@ def make(sources, options, inputs):
                 counts[name], faults[name] = write_pairs(folder / name, source, encoded, tokenizer)
         if "stage1/train" not in counts:
             stored = [folder / name for name in counts]
-            counts["stage1/train"], _ = prepare.write_distinct(
-                folder / "stage1/train", stored, {}, tokenizer
+            counts["stage1/train"] = prepare.write_documents(
+                folder / "stage1/train", stored, tokenizer
             )
         for split in texts:
             column = {"document": list(texts[split])}

@@ -227,12 +227,6 @@ def encode(tokenizer, texts):
     return flat, np.array([len(text) for text in ids], np.int64)
 
 
-def split_texts(ids, lengths):
-    """The texts of a column, as tuples."""
-    ids, ends = ids.tolist(), np.cumsum([0, *lengths]).tolist()
-    return [tuple(ids[start:end]) for start, end in itertools.pairwise(ends)]
-
-
 def json_line(row):
     return json.dumps(row, ensure_ascii=False) + "\n"
 
@@ -319,17 +313,31 @@ def write_source(folder, columns, prefixes, tokenizer, held_out=None, stored=(),
     return writer.finish()
 
 
-def write_distinct(folder, stored, prefixes, tokenizer):
-    """Writes the rows of stored sources that equal none before, or their documents where prefixes
-    is {}. Returns how many were written and left out."""
-    names, keys = list(prefixes) or ["document"], array("q")  # 8 bytes for each row
+def row_keys(*columns):
+    """A number for each row of columns (ids, lengths): (n,) int64, equal for equal rows."""
+    keys, columns = [], [(ids.tobytes(), np.cumsum([0, *n]) * ids.itemsize) for ids, n in columns]
+    for i in range(len(columns[0][1]) - 1):
+        digest = hashlib.blake2b(digest_size=8)
+        for data, ends in columns:
+            digest.update(data[ends[i] : ends[i + 1]])  # [CLS] and [SEP] part the texts
+        keys.append(digest.digest())
+    return np.frombuffer(b"".join(keys), np.int64)
+
+
+def first_of_each(keys):
+    """Which keys equal none before: bool (n,)."""
+    first = np.zeros(len(keys), bool)
+    first[np.unique(keys, return_index=True)[1]] = True
+    return first
+
+
+def write_documents(folder, stored, tokenizer):
+    """Writes the documents of stored sources, each different one once. Returns their number."""
+    keys = array("q")  # 8 bytes for each row
     for columns, _, _ in stored_rows(stored, tokenizer):
-        texts = (split_texts(*columns[name]) for name in names)
-        keys.extend(map(hash, zip(*texts, strict=True)))
-    keep = np.zeros(len(keys), bool)
-    keep[np.unique(keys, return_index=True)[1]] = True
-    rows, _ = write_source(folder, {}, prefixes, tokenizer, stored=stored, keep=keep)
-    return rows, len(keys) - rows
+        keys.frombytes(row_keys(columns["document"]).tobytes())
+    rows, _ = write_source(folder, {}, {}, tokenizer, stored=stored, keep=first_of_each(keys))
+    return rows
 
 
 def stored_rows(folders, tokenizer):
