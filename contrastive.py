@@ -117,7 +117,7 @@ PRESETS = {
 def learning_rate(step, config):
     """Rises linearly for `warmup` steps, then falls with the inverse square root of the step (the
     later code: cosine), or linearly to 0."""
-    warmup = max(1, min(config.warmup, config.steps // 2))
+    warmup = max(1, config.warmup)
     if config.decay == "linear":
         left = (config.steps - step) / max(1, config.steps - warmup)
     else:

@@ -318,10 +318,15 @@ def ladder_row(name, tasks, rankings):
     return row
 
 
+def trained_stages(out):
+    """The stages that OUT has models of."""
+    return [stage for stage in STAGES if Path(out, stage, "model.safetensors").is_file()]
+
+
 def models_of(options):
     """(name of the row, model, its directory): word vectors alone, where OUT/words has a run
     without layers; random weights; and each stage that was trained."""
-    trained = [stage for stage in STAGES if Path(options.out, stage, "model.safetensors").is_file()]
+    trained = trained_stages(options.out)
     if not trained:
         raise InputError(f"nothing was trained in {options.out}: python mlm.py, or make demo")
     if Path(options.out, "words", "model.safetensors").is_file():
@@ -405,10 +410,9 @@ def long(options, times=(1, 2, 4, 8, 16)):
 
 def last_stage(out):
     """The directory of the last stage that was trained."""
-    for stage in reversed(STAGES):
-        if Path(out, stage, "model.safetensors").is_file():
-            return Path(out, stage)
-    raise InputError(f"nothing was trained in {out}: make demo, or --model=DIR")
+    if not trained_stages(out):
+        raise InputError(f"nothing was trained in {out}: make demo, or --model=DIR")
+    return Path(out, trained_stages(out)[-1])
 
 
 def open_model(options):
@@ -525,11 +529,11 @@ def search(options, query=None):
         )
         match = bm25([row["text"] for row in rows], split_identifiers=True)
     for asked in typed_queries() if query is None else [query]:
-        asked_for = model.encode([PREFIXES["query"] + asked])  # (1, E)
-        numbers = top_k(asked_for, embeddings, k=100)[1]
+        query_embedding = model.encode([PREFIXES["query"] + asked])  # (1, E)
+        numbers = top_k(query_embedding, embeddings, k=100)[1]
         numbers = fuse([numbers, match([asked])]) if match else numbers
         for number in numbers[0, :10]:
-            row, cosine = rows[number], float(embeddings[number] @ asked_for[0])
+            row, cosine = rows[number], float(embeddings[number] @ query_embedding[0])
             text = " ".join(row["text"].removeprefix(row["_id"]).split())
             print(f"{cosine:.3f}  {row['_id']}\n       {text[:90]}")
 
@@ -593,8 +597,7 @@ def plot(options):
     """Pictures of what is in OUT, as PNG."""
     from common.plots import plot_all
 
-    trained = any(Path(options.out, stage, "model.safetensors").is_file() for stage in STAGES)
-    there = trained and Path(options.data, "retrieval").is_dir()
+    there = trained_stages(options.out) and Path(options.data, "retrieval").is_dir()
     paths = plot_all(options.out, map_of(options) if there else None)
     print("\n".join(f"wrote {path}" for path in paths))
 

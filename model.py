@@ -332,16 +332,9 @@ class NomicBert(nn.Module):
             raise InputError(f"dims={dims}: embeddings of this model have {size} dimensions")
         if not (isinstance(max_tokens, whole) and max_tokens >= 3):
             raise InputError(f"max_tokens={max_tokens}: [CLS], a token and [SEP] make at least 3")
-        if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
-            raise InputError("encode takes a list of texts: write [text]")
         if self.tokenizer is None:
             raise InputError("there was no tokenizer.json beside the model: set model.tokenizer")
-        texts = list(texts)
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"text {i} is a {type(text).__name__}, not a string")
-            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-                raise InputError(f"text {i} is no valid Unicode: it has half of a surrogate pair")
+        texts = list_of_strings(texts)
         texts = [
             truncate(np.array(encoding.ids), max_tokens)
             for start in range(0, len(texts), 10_000)  # an encoding takes more memory than its ids
@@ -389,6 +382,19 @@ class NomicBert(nn.Module):
     def save_pretrained(self, directory):
         """Writes a directory that AutoModel, AutoTokenizer and SentenceTransformer open."""
         save_model(directory, self, self, "NomicBertModel")
+
+
+def list_of_strings(texts):
+    """The texts that `encode` was given. Raises InputError for anything else than strings."""
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+        raise InputError("encode takes a list of texts: write [text]")
+    texts = list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"text {i} is a {type(text).__name__}, not a string")
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise InputError(f"text {i} is no valid Unicode: it has half of a surrogate pair")
+    return texts
 
 
 def mean_pool(hidden, cu_seqlens):

@@ -25,7 +25,7 @@ from common.device import best_device
 from common.files import load_tokenizer, read_json, write_json, write_text, write_whole
 from common.options import InputError, cli, read_options
 from data import pydocs
-from data.filter import link_or_copy
+from data.filter import copy_data
 from data.prepare import data_folder, write_source
 from data.store import open_sources
 from evaluate import Retrieval, shown, summary
@@ -53,13 +53,7 @@ def draw_pairs(data, out, count, seed):
     sources = open_sources(data / "stage2", load_tokenizer(data))
     share = min(1, count / sum(map(len, sources)))
     with data_folder(out) as folder:
-        shutil.copytree(
-            data,
-            folder,
-            ignore=lambda path, names: ["stage2"] if Path(path) == data else [],
-            copy_function=link_or_copy,
-            dirs_exist_ok=True,
-        )
+        copy_data(data, folder, {str(data): ["stage2"]})
         for source in sources:
             order = np.random.default_rng([seed, len(source)]).permutation(len(source))
             keep = np.zeros(len(source), bool)
@@ -71,20 +65,19 @@ def draw_pairs(data, out, count, seed):
 
 def run_point(options, line, size, rate, seed):
     """Trains one model. Returns split -> task -> nDCG@10 of each query."""
-    out, shape = Path(options.out), [f"--hidden-size={options.hidden_size}"]
-    shape += [f"--num-hidden-layers={options.layers}", f"--seed={seed}", "--eval-every=0"]
-    init = []
+    out, common, init = Path(options.out), [f"--seed={seed}", "--eval-every=0"], []
+    shape = [f"--hidden-size={options.hidden_size}", f"--num-hidden-layers={options.layers}"]
     if line != RANDOM:
         init = [f"--init={out}/mlm-{line}-{seed}", "--keep=all"]
         given = [f"--data={options.data}", f"--out={out}/mlm-{line}-{seed}", f"--steps={line}"]
-        mlm.main([*given, *shape])
+        mlm.main([*given, *shape, *common])
     data, batch_size = out / f"pairs-{size}-{seed}", 256 if size < 100_000 else 512
     draw_pairs(Path(options.data), data, size, seed)
     steps = min(300, max(40, 12 * size // batch_size))
     name = f"{line}-{size}-{rate}-{seed}".replace(" ", "-")
     given = [f"--data={data}", f"--out={out}/{name}", f"--lr={rate}", f"--steps={steps}"]
-    given += ["--decay=linear", f"--batch-size={min(batch_size, size)}"]
-    contrastive.main([*given, *init, *(shape if not init else shape[2:])])
+    given += ["--decay=linear", f"--warmup={steps // 10}", f"--batch-size={min(batch_size, size)}"]
+    contrastive.main([*given, *(init or shape), *common])
     model = NomicBert.from_pretrained(out / name, device=best_device())
     length, scores = model.config.trained_length, {}
     for split in ("dev", "test"):
@@ -132,16 +125,13 @@ def report(runs, lines, sizes):
 def draw(points, lines, sizes, path):
     """A line with a band of one standard error for each start; where a line of stage 1 falls below
     that of random weights, a dotted mark: the crossover."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from common.plots import BLUE, GREEN, GREY, ORANGE, plt
 
     tasks = list(next(found for _, found in points.values() if found))
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.4), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         curves = {}
-        for line, color in zip(lines, ("#a0aec0", "#dd6b20", "#2b6cb0", "#2f855a"), strict=False):
+        for line, color in zip(lines, (GREY, ORANGE, BLUE, GREEN), strict=False):
             found = [(n, summary(points[line, n][1][task])) for n in sizes if points[line, n][1]]
             x = np.array([n for n, _ in found])
             mean, error = (np.array([s[key] for _, s in found]) for key in ("mean", "error"))
@@ -169,14 +159,8 @@ def main(arguments):
     options, _ = read_options(Options, arguments)
     sizes, rates = ([x for x in text.split(",") if x] for text in (options.sizes, options.rates))
     lines = [RANDOM, *(x for x in options.mlm_steps.split(",") if x)]
-    if (
-        not rates
-        or not sizes
-        or not all(x.isdecimal() and int(x) >= 8 for x in [*sizes, *lines[1:]])
-    ):
-        raise InputError(
-            "--sizes and --mlm-steps: whole numbers from 8, with commas; --rates: some"
-        )
+    if not rates or not sizes or not all(map(str.isdecimal, [*sizes, *lines[1:]])):
+        raise InputError("--sizes, --mlm-steps and --rates: give numbers with commas between them")
     sizes, out = [int(size) for size in sizes], Path(options.out)
     pydocs.make_if_missing(options.data)
     model = {key: asdict(options)[key] for key in ("data", "layers", "hidden_size")}

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.shared import print_head, print_row, run_in_process
 from common.files import fingerprint, load_tokenizer, read_json
 from common.options import InputError, cli, read_options
-from data import pairs, prepare
+from data import pairs
+from data.duplicates import HeldOut, held_out_texts
 from data.store import PairBatches, Source, pack
 
 
@@ -68,7 +69,7 @@ def prepared(file, data, processes, out):
     """Tokens/s of data/pairs.py, and the peak memory of all its processes in MiB."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer, peak, done = load_tokenizer(data), [0], threading.Event()
-    held_out = prepare.HeldOut(prepare.held_out_texts(Path(data).glob("retrieval/*")), tokenizer)
+    held_out = HeldOut(held_out_texts(Path(data).glob("retrieval/*")), tokenizer)
 
     def watch():
         while not done.wait(0.1):

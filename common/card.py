@@ -57,6 +57,7 @@ def write_card(directory):
 
 
 def card_of(directory):
+    """The text of the card."""
     run, latest = read_json(directory / "run.json"), {}
     for _, record in read_json_lines(directory / "log.jsonl"):
         latest |= record

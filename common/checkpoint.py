@@ -81,8 +81,8 @@ def read_config(directory):
     def number(kind, *names, values=config):
         name = next((name for name in names if values.get(name) is not None), names[0])
         value = values.get(name)
-        least = 0 if name in NAMES["num_hidden_layers"] else 1e-30  # no layers: word vectors alone
-        if type(value) not in (int, kind) or not least <= value < 1e9:
+        no_layers = value == 0 and name in NAMES["num_hidden_layers"]  # word vectors alone
+        if type(value) not in (int, kind) or not (0 < value < 1e9 or no_layers):
             raise InputError(f"{path}: {name} is {repr(value)[:60]}, not a number from 0 to 1e9")
         return value
 

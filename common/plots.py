@@ -14,6 +14,7 @@ matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0"
+PURPLE, RED = "#805ad5", "#c53030"
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -144,18 +145,19 @@ def draw_map(content):
     named = [name for name, _ in Counter(groups).most_common(4)]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 4), squeeze=False)
     for axis, (title, panel) in zip(axes[0], panels.items(), strict=True):
-        points, colors = panel["points"], (BLUE, ORANGE, GREEN, "#805ad5")
-        for name, color in [("others", "#cbd5e0"), *zip(named, colors, strict=False)]:
+        points, colors = panel["points"], (BLUE, ORANGE, GREEN, PURPLE)
+        for name, color in [("others", GREY), *zip(named, colors, strict=False)]:
             own = [i for i, g in enumerate(groups) if (g if g in named else "others") == name]
             axis.scatter(*points[own].T, s=3, color=color, label=name, linewidths=0)
-        for star, found, right in zip(
-            points[len(groups) :], panel["found"], content["right"], strict=True
-        ):
+        stars, hits = points[len(groups) :], zip(panel["found"], content["right"], strict=True)
+        for star, (found, right) in zip(stars, hits, strict=True):
             axis.plot(*star, "*", color="black", ms=9, zorder=3)
-            for target, style in (
-                ((found, "-"), (right, ":")) if found != right else ((right, "-"),)
-            ):
-                color = "#2f855a" if target == right else "#c53030"
+            lines = (
+                [(right, "-", GREEN)]
+                if found == right
+                else [(found, "-", RED), (right, ":", GREEN)]
+            )
+            for target, style, color in lines:
                 axis.plot(*zip(star, points[target], strict=True), style, color=color, lw=1.5)
         caption = f"alignment {panel['alignment']:.2f}, uniformity {panel['uniformity']:.2f}"
         axis.set(title=title, xlabel=caption, xticks=[], yticks=[])

@@ -135,6 +135,18 @@ def link_or_copy(source, target):
     write_whole(target, lambda temporary: shutil.copy2(source, temporary))
 
 
+def copy_data(data, folder, skipped):
+    """Copies a data folder into a new one, without some names. skipped: path of a folder -> names
+    in it that stay out."""
+    shutil.copytree(
+        data,
+        folder,
+        ignore=lambda path, _: skipped.get(path, ()),
+        copy_function=link_or_copy,
+        dirs_exist_ok=True,
+    )
+
+
 def show_removed(path, kept, nearest, count):
     """Prints removed pairs, each with the document that was found in its place."""
     chosen = np.random.default_rng(0).permutation(np.flatnonzero(~kept))[:count]
@@ -154,14 +166,7 @@ def filter_folder(data, out, names, model, options):
     meta |= {"made_by": "nanoembed", "script": "data/filter.py", "filtered": {}}
     meta["inputs"] = {**meta.get("inputs", {}), "filtered": how}
     with data_folder(out) as folder:
-        skipped = {str(data): ["meta.json"], str(data / "stage2"): names}
-        shutil.copytree(
-            data,
-            folder,
-            ignore=lambda path, _: skipped.get(str(path), ()),
-            copy_function=link_or_copy,
-            dirs_exist_ok=True,
-        )
+        copy_data(data, folder, {str(data): ["meta.json"], str(data / "stage2"): names})
         for name in names:
             old, began = data / "stage2" / name, time.perf_counter()
             source = Source(old, tokenizer)

@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.files import fingerprint, load_tokenizer
 from common.options import InputError, cli, read_options, split_words
 from data import prepare
+from data.duplicates import NearDuplicates, words
 from data.markup import read_markup
-from data.prepare import LONGEST, SEARCH, NearDuplicates, words
+from data.prepare import LONGEST, SEARCH
 
 SUFFIXES = (".md", ".markdown", ".rst", ".txt")
 PREFIXES = {  # in the order in which they are chosen as the task

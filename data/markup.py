@@ -143,18 +143,20 @@ def front_matter(text):
     """(title, the text below): YAML between two lines of --- at the very beginning, or TOML between
     two of +++. Of YAML with a mistake, as in "title: A: B", the lines that begin a field count."""
     match = re.match(r"(---|\+\+\+)[ \t]*\n(.*?)^(?:\1|\.\.\.)[ \t]*$", text, re.S | re.M)
-    lines = dict(re.findall(r"^([\w-]+)[ \t]*[:=][ \t]*(.*)$", match[2], re.M)) if match else {}
+    if not match:
+        return "", text
+    lines = dict(re.findall(r"^([\w-]+)[ \t]*[:=][ \t]*(.*)$", match[2], re.M))
     try:
-        fields = yaml.safe_load(match[2]) if match and match[1] == "---" else lines
+        fields = yaml.safe_load(match[2]) if match[1] == "---" else lines
     except (yaml.YAMLError, ValueError):
         fields = lines
-    if not isinstance(fields, dict) or (match and match[2].strip() and not fields):
+    if not isinstance(fields, dict) or not fields:  # a rule, and text between two of them
         return "", text
     title = fields.get("title") or ""
     title = "" if isinstance(title, dict) else title
     title = ", ".join(map(str, title)) if isinstance(title, list) else str(title)
     title = title.strip("\"'") if fields is lines else title
-    return " ".join(title.split()), text[match.end() :] if match else text
+    return " ".join(title.split()), text[match.end() :]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.files import fingerprint, load_tokenizer, read_lines, write_json
 from common.options import InputError, cli, read_options, split_words
 from data import prepare
+from data.duplicates import REASONS, HeldOut, contamination, held_out_texts
+from data.store import encode
 from data.tasks import read_texts, write_jsonl, write_task
 
 SAMPLE = 50_000  # rows of a source from which queries are held out and the tokenizer is trained
@@ -166,16 +168,15 @@ def pairs_in(row, source):
 def hold_out(source, options, folder):
     """Writes the retrieval task of a source of pairs. Returns (training text of its first rows,
     held-out queries, split -> held-out documents)."""
-    answers, row, fault = {}, None, ""  # answers: query -> its documents
+    answers, reason = {}, "no rows"  # answers: query -> its documents
     for row in itertools.islice(read_rows(source, options.limit), SAMPLE):
         pairs, fault = pairs_in(row, source)
+        if fault:
+            reason = f"{fault} in {str(row)[:60].strip()}; --columns= names columns"
         for query, document, _ in pairs:
             answers.setdefault(query, []).append(document)
     if not answers:
-        if row is None or not fault:
-            raise InputError(f"{source.name} has no rows")
-        start = str(row)[:60].strip()
-        raise InputError(f"{source.name}: {fault} in {start}; --columns= names columns")
+        raise InputError(f"{source.name}: {reason}")
 
     def documents_of(queries):
         return [document for query in queries for document in answers[query]]
@@ -215,7 +216,8 @@ def start_worker(tokenizer, held_out, queries):
 
 
 def encode_rows(source, rows):
-    """[(number, row)] -> what SourceWriter.append takes, and [(number, fault)]."""
+    """[(number, row)] -> what SourceWriter.append takes; the keys of the rows that are kept, by
+    which copies are found; and [(number, fault)]."""
     tokenizer, held_out, held_out_queries = WORKER
     kept, faults = [], []
     for number, row in rows:
@@ -226,10 +228,10 @@ def encode_rows(source, rows):
     texts = {"document": documents}
     if source.prefixes:
         texts |= {"query": queries, "negative": itertools.chain.from_iterable(negatives)}
-    columns = {name: prepare.encode(tokenizer, found) for name, found in texts.items()}
+    columns = {name: encode(tokenizer, found) for name, found in texts.items()}
     counts = np.array(list(map(len, negatives)), np.int64)
     repeats = held_out.find_rows(columns, counts)
-    faults += [(numbers[i], prepare.REASONS[repeats[i]]) for i in np.flatnonzero(repeats)]
+    faults += [(numbers[i], REASONS[repeats[i]]) for i in np.flatnonzero(repeats)]
     rows = [dict(zip(PUBLISHED, row[1:], strict=True)) for row in kept if source.prefixes]
     keys = prepare.row_keys(*(columns[name] for name in source.prefixes or ["document"]))
     keep = repeats == 0
@@ -304,7 +306,7 @@ def make(sources, options, inputs):
         tokenizer = tokenizer or prepare.train_tokenizer(training, options.vocab_size)
         prepare.save_tokenizer(folder, tokenizer)
         tasks = [*sorted(folder.glob("retrieval/*")), *filter(None, options.held_out.split(","))]
-        held_out = prepare.HeldOut(prepare.held_out_texts(tasks), tokenizer)
+        held_out = HeldOut(held_out_texts(tasks), tokenizer)
         counts, faults, job = {}, {}, (tokenizer, held_out, queries)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread in each process
         with ProcessPoolExecutor(processes, initializer=start_worker, initargs=job) as executor:
@@ -326,7 +328,7 @@ def make(sources, options, inputs):
         rows = ({"_id": str(i), "text": text} for i, text in enumerate(dict.fromkeys(found)))
         write_jsonl(folder / "search" / "corpus.jsonl", rows)
         prepare.print_unknown(folder)
-        leaks = prepare.contamination(held_out, faults)
+        leaks = contamination(held_out, faults)
         meta = {"made_by": "nanoembed", "inputs": inputs, "rows": counts, "left out": faults}
         write_json(folder / "meta.json", meta | {"contamination": leaks})
     print(f"  {leaks['removed']:,} training rows that repeat held-out text were left out")

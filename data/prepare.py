@@ -1,12 +1,12 @@
 """From texts to a data folder: what the scripts in data/ share once they have read their source.
 
-Held-out splits, near duplicates, the tokenizer, and writing the layout of data/store.py.
+Held-out splits, the tokenizer, and writing the layout of data/store.py. data/duplicates.py has how
+copies and held-out text are found.
 """
 
 import hashlib
 import itertools
 import json
-import re
 import shutil
 import tempfile
 from array import array
@@ -20,22 +20,14 @@ from tokenizers import Tokenizer
 
 from common.files import SPECIAL_TOKENS, fingerprint, read_json, write_json, write_whole
 from common.options import InputError
-from data.store import Source
-from data.tasks import PREFIXES, read_judgements, read_texts, splits_of, write_jsonl, write_task
+from data.duplicates import REASONS, HeldOut, contamination, held_out_texts
+from data.store import Source, encode, id_type
+from data.tasks import PREFIXES, write_jsonl, write_task
 
 SEARCH = PREFIXES["query"], PREFIXES["document"]
 LONGEST = 1200  # characters of a query or document that are kept for training, some 300 tokens
 LONG = 900  # words: well beyond 8 times the 128 tokens that the laptop preset trains with
-REASONS = "", "near held-out text", "equal to held-out text"  # why a training row is left out
-# scripts without spaces: Thai and Lao, Burmese, Khmer, Japanese and Chinese
-NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-WORD = re.compile(rf"[{NO_SPACES}]|[^\W{NO_SPACES}]+")
 BATCH = 1000  # rows that are tokenised or copied together
-
-
-def words(text):
-    """The words of a text, in lower case. In scripts without spaces each character is a word."""
-    return WORD.findall(text.lower())
 
 
 def split_of(group, dev_percent=4, test_percent=6):
@@ -88,143 +80,7 @@ def train_tokenizer(texts, vocab_size):
 
 
 # ------------------------------------------------------------------------------------------------
-# Near duplicates
-
-
-class NearDuplicates:
-    """Remembers texts, and finds those that are nearly equal to a remembered one.
-
-    A text is a list of words or token ids. Two texts are near duplicates if they share at least
-    `share` of the runs (`run` consecutive words) of the one that has fewer, and at least `least`
-    runs. A text shorter than a run is one run."""
-
-    def __init__(self, run=5, share=0.4, least=1):
-        self.run, self.share, self.least = run, share, least
-        self.first = {}  # hash of a run -> number of the first text that has it
-        self.sizes = []  # number of a text -> how many different runs it has
-
-    def runs(self, text):
-        """The hashes of all runs of a text."""
-        shifted = (text[i:] for i in range(max(1, min(self.run, len(text)))))
-        return set(map(hash, zip(*shifted, strict=False)))
-
-    def has_near(self, text):
-        """Whether a text is a near duplicate of a remembered one."""
-        runs = self.runs(text)
-        shared = Counter(self.first[run] for run in self.first.keys() & runs)
-        return any(
-            count >= max(self.least, self.share * min(len(runs), self.sizes[other]))
-            for other, count in shared.items()
-        )
-
-    def add(self, text):
-        runs = self.runs(text)
-        for run in runs:
-            self.first.setdefault(run, len(self.sizes))
-        self.sizes.append(len(runs))
-
-    def add_new(self, texts):
-        """Remembers texts in order, without near duplicates. Returns which are new: bool (B,)."""
-        new = np.zeros(len(texts), bool)
-        for i, text in enumerate(map(words, texts)):
-            new[i] = not self.has_near(text)
-            if new[i]:
-                self.add(text)
-        return new
-
-
-class HeldOut(NearDuplicates):
-    """The texts that must not be trained on, compared by their token ids.
-
-    Half of the runs of 8 tokens, and at least 8: a sentence quoted in a long text does not count,
-    and a paragraph does. Special tokens, [UNK] and punctuation are left out, or all texts of a
-    script that the tokenizer cannot read would be equal."""
-
-    def __init__(self, texts, tokenizer):
-        super().__init__(run=8, share=0.5, least=8)
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-        self.is_word = np.zeros(max(vocabulary.values()) + 1, bool)
-        for token, number in vocabulary.items():
-            self.is_word[number] = token not in {"[UNK]", *special} and any(map(str.isalnum, token))
-        self.texts = set()  # hashes of texts of at least 3 words
-        ids, ends = self.words(*encode(tokenizer, texts))
-        for start, end in itertools.pairwise(ends):
-            text = tuple(ids[start:end].tolist())
-            self.add(text)
-            if len(text) >= 3:
-                self.texts.add(hash(text))
-        self.known = np.zeros(1 << 24, bool)
-        self.known[self.codes(ids)] = True
-
-    def words(self, ids, lengths):
-        """The words of a column (N,), and where each text begins and the last ends (B + 1,)."""
-        kept = self.is_word[ids]
-        ends = np.cumsum([0, *lengths])
-        return ids[kept], np.concatenate([[0], np.cumsum(kept)])[ends]
-
-    def codes(self, ids):
-        """24 bits for each run of 8 words. Nearly all runs of other texts are not `known`: they are
-        passed over without Python's loops. (The last 7 wrap around.)"""
-        codes = ids.astype(np.uint64)
-        for shift in (1, 2, 4):
-            codes = (codes * np.uint64(0x9E3779B97F4A7C15)) ^ np.roll(codes, -shift)
-        return codes >> np.uint64(40)
-
-    def find(self, ids, lengths):
-        """For each text of a column 2 if it equals a held-out one, 1 if nearly, else 0."""
-        ids, ends = self.words(ids, lengths)
-        known = np.concatenate([[0], np.cumsum(self.known[self.codes(ids)])])
-        known = known[np.maximum(ends[1:] - 7, ends[:-1])] - known[ends[:-1]]  # of each text
-        found = np.zeros(len(lengths), np.int8)
-        for i in np.flatnonzero((known >= self.least) | (np.diff(ends) < 15)):
-            text = tuple(ids[ends[i] : ends[i + 1]].tolist())
-            found[i] = 2 if hash(text) in self.texts else self.has_near(text)
-        return found
-
-    def find_rows(self, columns, negatives=None):
-        """For each row the largest `find` of its texts: 0, 1 or 2. As for SourceWriter.append."""
-        found = {name: self.find(*column) for name, column in columns.items()}
-        rows = np.max([found[name] for name in found if name != "negative"], axis=0)
-        if "negative" in found:
-            np.maximum.at(rows, np.repeat(np.arange(len(rows)), negatives), found["negative"])
-        return rows
-
-
-def held_out_texts(tasks):
-    """The queries of retrieval tasks, and the documents that answer them. Other documents of a task
-    may be training text."""
-    texts = {}
-    for folder in map(Path, tasks):
-        documents, queries = (read_texts(folder / f"{n}.jsonl") for n in ("corpus", "queries"))
-        for split in splits_of(folder):
-            judged = read_judgements(folder / "qrels" / f"{split}.tsv", queries, documents)
-            for query, answers in judged.items():
-                texts |= dict.fromkeys([queries[query], *(documents[name] for name in answers)])
-    return list(texts)
-
-
-def contamination(held_out, left_out):
-    """The entry of meta.json. left_out: source -> Counter of reasons."""
-    found = {name: {r: n[r] for r in REASONS[1:] if n[r]} for name, n in left_out.items()}
-    found = {name: counts for name, counts in found.items() if counts}
-    removed = sum(sum(counts.values()) for counts in found.values())
-    return {"held-out texts": len(held_out.sizes), "removed": removed, "sources": found}
-
-
-# ------------------------------------------------------------------------------------------------
 # Writing sources
-
-
-def id_type(tokenizer):
-    return np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
-
-
-def encode(tokenizer, texts):
-    """The token ids of all texts (N,), and their number in each text (B,)."""
-    ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts))]
-    flat = np.fromiter(itertools.chain.from_iterable(ids), id_type(tokenizer))
-    return flat, np.array([len(text) for text in ids], np.int64)
 
 
 def json_line(row):

@@ -32,17 +32,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.options import InputError, cli, read_options
 from data.docstrings import package_root, read_packages, requirements_of
+from data.duplicates import NearDuplicates, words
 from data.prepare import (
     LONG,
     LONGEST,
     SEARCH,
-    NearDuplicates,
     data_folder,
     is_made,
     show_pairs,
     split_of,
     train_tokenizer,
-    words,
     write_folder,
 )
 

@@ -29,6 +29,7 @@ two runs with one seed are equal. data/prepare.py writes these files.
 
 import functools
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -203,7 +204,8 @@ class PairBatches:
 
     def __init__(self, sources, batch_size, seed):
         self.sources, self.batch_size, self.seed = sources, batch_size, seed
-        batches = [max(len(source) // batch_size, len(source) > 0) for source in sources]
+        # at least one of each source, unless it is empty
+        batches = [max(len(source) // batch_size, min(1, len(source))) for source in sources]
         self.source_of = np.repeat(np.arange(len(sources)), batches)  # batch of an epoch -> source
         if len(self.source_of) == 0:
             raise InputError(f"the sources {', '.join(s.name for s in sources)} have no rows")
@@ -226,7 +228,18 @@ class PairBatches:
 
 
 # ------------------------------------------------------------------------------------------------
-# From rows to what the model reads
+# From texts and rows to what the model reads
+
+
+def id_type(tokenizer):
+    return np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+
+
+def encode(tokenizer, texts):
+    """The token ids of all texts (N,), and their number in each text (B,)."""
+    ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts))]
+    flat = np.fromiter(itertools.chain.from_iterable(ids), id_type(tokenizer))
+    return flat, np.array([len(text) for text in ids], np.int64)
 
 
 def pack(texts, device="cpu"):

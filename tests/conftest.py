@@ -1,6 +1,8 @@
 """What several tests use: a tokenizer, and a small data folder made by the real script."""
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -9,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="nanoembed-datasets-"))
+if "HF_DATASETS_CACHE" not in os.environ:
+    os.environ["HF_DATASETS_CACHE"] = cache = tempfile.mkdtemp(prefix="nanoembed-datasets-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
 
 from common.files import load_tokenizer  # noqa: E402
 from data import prepare, pydocs  # noqa: E402

@@ -14,8 +14,9 @@ from tiny import cases
 from common.files import write_json
 from common.options import InputError
 from data import docstrings, prepare, pydocs
-from data.prepare import HeldOut, NearDuplicates, data_folder, encode, split_of
-from data.store import PairBatches, Sequences, Source, open_sources
+from data.duplicates import HeldOut, NearDuplicates, words
+from data.prepare import data_folder, split_of
+from data.store import PairBatches, Sequences, Source, encode, open_sources
 from data.tasks import read_task
 
 
@@ -238,7 +239,7 @@ def test_held_out_documents_are_not_in_the_training_text(data):
     training = set()
     for path in sorted(data.glob("stage*/*/pairs.jsonl")):
         for text in (text for pair in rows_of(path) for text in pair.values()):
-            tokens = prepare.words(text)
+            tokens = words(text)
             training.update(tuple(tokens[i : i + 8]) for i in range(len(tokens) - 7))
     for source in pydocs.EVALUATED:
         leaks, count = [], 0
@@ -247,7 +248,7 @@ def test_held_out_documents_are_not_in_the_training_text(data):
             texts = Counter(queries[query].lower() for query in judged)
             assert max(texts.values()) == 1, "every query is unique"
             for name in (name for answers in judged.values() for name in answers):
-                tokens = prepare.words(documents[name])
+                tokens = words(documents[name])
                 runs = [tuple(tokens[i : i + 8]) for i in range(len(tokens) - 7)]
                 count += 1
                 leaks += [name] * (sum(run in training for run in runs) > 0.5 * max(1, len(runs)))

@@ -11,7 +11,7 @@ from tiny import tiny_model, unit_rows
 from common.files import fingerprint, load_tokenizer
 from common.options import InputError
 from data import filter as filtering
-from data import prepare
+from data import prepare, store
 from data.store import Source
 from evaluate import distinct
 from model import NomicBert
@@ -152,7 +152,7 @@ def test_negatives_stay_with_their_rows(folder):
     counts = np.arange(len(WORDS)) % 3
     texts = {"query": [w * 2 for w in WORDS], "document": WORDS}
     texts["negative"] = [word for count in counts for word in WORDS[:count]]
-    columns = {name: prepare.encode(tokenizer, found) for name, found in texts.items()}
+    columns = {name: store.encode(tokenizer, found) for name, found in texts.items()}
     writer = prepare.SourceWriter(where, {"query": "a: ", "document": "b: "}, tokenizer)
     writer.append(columns, [f"{word}\n" for word in WORDS], counts)
     writer.finish()

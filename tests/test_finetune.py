@@ -181,7 +181,7 @@ def test_a_source_keeps_the_negatives_that_it_brings(tokenizer, tmp_path):
         "document": [word if i % 2 else "the same" for i, word in enumerate(WORDS)],
         "negative": [word * times for word in WORDS[1:] for times in (2, 3)],
     }
-    columns = {name: prepare.encode(tokenizer, column) for name, column in texts.items()}
+    columns = {name: store.encode(tokenizer, column) for name, column in texts.items()}
     negatives = np.array([0] + [2] * (len(WORDS) - 1))
     writer = prepare.SourceWriter(tmp_path / "own", PREFIXES, tokenizer)
     writer.append(columns, [""] * len(WORDS), negatives)

@@ -14,8 +14,8 @@ from tiny import cases
 from common.files import fingerprint, load_tokenizer
 from common.options import InputError
 from data import folder, prepare
+from data.duplicates import NearDuplicates
 from data.markup import read_markup
-from data.prepare import NearDuplicates
 from data.store import Source, open_sources
 from data.tasks import read_task
 
