@@ -166,5 +166,8 @@ def draw_map(content):
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncol": len(labels)}
     figure.legend(handles, labels, fontsize=8, markerscale=3, **place)
     asked = "; ".join(f"“{query[:50]}”" for query in content["queries"])
-    figure.suptitle(f"Each point is a document, each star a query: {asked}", fontsize=8)
+    lines = (
+        "A line leads to what a query finds first: green is right, red wrong, dotted the right one"
+    )
+    figure.suptitle(f"Each point is a document, each star a query: {asked}\n{lines}", fontsize=8)
     return figure
