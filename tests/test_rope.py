@@ -21,6 +21,15 @@ def test_a_pair_is_turned_by_its_angle():
     torch.testing.assert_close(turned, torch.cat((theta.cos(), theta.sin()), 1))
 
 
+def test_a_pair_is_a_feature_of_each_half():
+    """Pairs of neighbours would keep every property below, and not be the published model."""
+    theta = torch.tensor([[0.3, 0.7, 1.1]])
+    for i in range(3):
+        turned = rotate(torch.eye(6)[[i]], theta.cos(), theta.sin())
+        expected = torch.eye(6)[i] * theta[0, i].cos() + torch.eye(6)[i + 3] * theta[0, i].sin()
+        torch.testing.assert_close(turned[0], expected)
+
+
 def test_the_score_of_query_and_key_depends_only_on_their_distance():
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, D, generator=generator, dtype=torch.float64)

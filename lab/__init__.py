@@ -1,0 +1,1 @@
+"""Exercises made of the project: lab/README.md."""
