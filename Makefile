@@ -1,11 +1,12 @@
 # From a fresh clone: `make demo` trains a model and searches with it, `make own TEXT=folder` does the same with a folder
-# of Markdown, reStructuredText or plain text added to the embedded data, `make test` runs the tests. Each command may be
+# of Markdown, reStructuredText or plain text added to the embedded data, `make lab` prepares the lab (lab/README.md),
+# `make test` runs the tests. Each command may be
 # repeated: what is finished is not done again, and what was interrupted continues. The README has the plain commands.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo own test
+.PHONY: demo own lab test
 
 demo: .venv/installed
 	$(BIN)/python data/pydocs.py
@@ -26,6 +27,11 @@ own: .venv/installed
 	$(BIN)/python finetune.py --data=out/own/data --init=out/own/contrastive --out=out/own/finetune
 	$(BIN)/python evaluate.py --data=out/own/data --out=out/own
 	@echo 'now: $(BIN)/python evaluate.py search "your question" --data=out/own/data --out=out/own'
+
+lab: demo
+	$(BIN)/python -m pip install --quiet $$(grep '^pytest==' requirements-dev.txt)
+	$(BIN)/python lab/lab.py start
+	$(BIN)/python lab/lab.py status
 
 test: .venv/installed-for-tests
 	$(BIN)/ruff check .

@@ -41,17 +41,17 @@ class Config:
     compile: bool = False  # fuse the operations of a block: pays in runs of many minutes
 
     hidden_size: int = 256  # C [2, 65536]
-    num_hidden_layers: int = 1  # transformer blocks [1, 1000]
+    num_hidden_layers: int = 2  # transformer blocks [1, 1000]
     num_attention_heads: int = 4  # H; heads of 64 features, as the paper's [1, 1000]
     intermediate_size: int = 512  # width of the feed-forward layers [1, 1e6]
     rope_base: float = 1000.0  # sec. 3.4 [1, 1e9]
 
     seq_len: int = 128  # tokens of a sequence; Dynamic NTK is for longer texts [4, 1e6]
     mask_probability: float = 0.30  # share of tokens to predict (sec. 4.1.2) [0.01, 0.99]
-    batch_size: int = 64  # sequences in a step, over all processes [1, 1e6]
+    batch_size: int = 16  # sequences in a step, over all processes [1, 1e6]
     micro_batch_tokens: int = 4096  # tokens that go through the model at once: what a cache holds
 
-    steps: int = 200  # optimizer steps
+    steps: int = 1600  # optimizer steps
     lr: float = 2e-3  # peak of the learning rate; small models need a larger one [0, 1000]
     warmup: float = 0.06  # share of the steps in which the rate rises [0, 1]
     weight_decay: float = 1e-5  # of matrices; norms have none [0, 1]

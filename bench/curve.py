@@ -38,8 +38,8 @@ RANDOM = "random weights"
 class Options:
     data: str = "out/pydocs"  # a data folder
     out: str = "out/curve"  # for runs, results and the picture
-    sizes: str = "500,1500,5000,15000,45000,131000"  # pairs of stage 2, drawn from all sources
-    mlm_steps: str = "800,2200"  # lengths of stage 1, a line each
+    sizes: str = "500,1500,5000,15000,131000"  # pairs of stage 2, drawn from all sources
+    mlm_steps: str = "1600,4800"  # lengths of stage 1, a line each
     rates: str = "3e-4,1e-3,3e-3"  # learning rates to choose from
     seeds: int = 3  # of each point
     layers: int = 2  # of the model
@@ -73,7 +73,7 @@ def run_point(options, line, size, rate, seed):
         mlm.main([*given, *shape, *common])
     data, batch_size = out / f"pairs-{size}-{seed}", 256 if size < 100_000 else 512
     draw_pairs(Path(options.data), data, size, seed)
-    steps = min(300, max(40, 12 * size // batch_size))
+    steps = min(200, max(40, 12 * size // batch_size))  # at most 12 epochs
     name = f"{line}-{size}-{rate}-{seed}".replace(" ", "-")
     given = [f"--data={data}", f"--out={out}/{name}", f"--lr={rate}", f"--steps={steps}"]
     given += ["--decay=linear", f"--warmup={steps // 10}", f"--batch-size={min(batch_size, size)}"]

@@ -14,11 +14,9 @@ solutions: a function is found by its name, cut out, and replaced in a copy of t
 files in lab/work/ are never overwritten. A teacher's guide is in lab/INSTRUCTOR.md.
 """
 
-import ast
 import inspect
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,9 +27,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.files import fingerprint, read_json, write_json, write_text
 from common.options import InputError, cli, read_options, split_words
+from lab.cutting import ROOT, copy_project, cut, stub, written
 from lab.exercises import EXERCISES
 
-ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120  # that the tests of an exercise may take; more is a loop without end
 
 
@@ -46,77 +44,7 @@ class Options:
 
 
 # ------------------------------------------------------------------------------------------------
-# Functions, cut out of a file and put back
-
-
-def find(text, name):
-    """The syntax tree of a function, "name" or "Class.name", and where its lines are in the text:
-    (node, first, last). Raises InputError where there is none."""
-    node = ast.parse(text)
-    for part in name.split("."):
-        found = [n for n in ast.iter_child_nodes(node) if getattr(n, "name", None) == part]
-        if not found:
-            raise InputError(f"there is no {part} in it")
-        node = found[0]
-    first = min(n.lineno for n in (node, *node.decorator_list)) - 1
-    return node, first, node.end_lineno
-
-
-def cut(text, name):
-    """The text of a function, its first line without indentation."""
-    _, first, last = find(text, name)
-    return textwrap.dedent("".join(text.splitlines(keepends=True)[first:last]))
-
-
-def splice(text, name, function):
-    """The file `text` with another text in place of a function; all else stays byte for byte."""
-    _, first, last = find(text, name)
-    lines = text.splitlines(keepends=True)
-    indent = lines[first][: len(lines[first]) - len(lines[first].lstrip())]
-    return "".join([*lines[:first], textwrap.indent(function, indent), *lines[last:]])
-
-
-def stub(exercise):
-    """What a student begins with: the signature, the docstring, and nothing behind it."""
-    function = cut((ROOT / exercise.file).read_text(), exercise.function)
-    body = ast.parse(function).body[0].body
-    documented = ast.get_docstring(ast.parse(function).body[0]) is not None
-    kept = body[0].end_lineno if documented else body[0].lineno - 1
-    head = "".join(function.splitlines(keepends=True)[:kept])
-    about = f"# From {exercise.file}, whose names and imports you can use. Helpers go inside.\n"
-    about += f"# python lab/lab.py check {exercise.name}\n\n"
-    return f"{about}{head}    raise NotImplementedError\n"
-
-
-def written(exercise, work):
-    """The student's function, or None where it is not begun. Raises InputError for a file that is
-    not Python, or without the function."""
-    path = Path(work, f"{exercise.name}.py")
-    if not path.is_file():
-        raise InputError(f"{path} is missing: python lab/lab.py start")
-    text, name = path.read_text(), exercise.function.split(".")[-1]
-    try:
-        function = cut(text, name)
-    except SyntaxError as error:
-        raise InputError(f"{path}, line {error.lineno}: {error.msg}") from None
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    return None if "raise NotImplementedError" in function else function
-
-
-# ------------------------------------------------------------------------------------------------
 # Judging
-
-
-def copy_project(folder, functions):
-    """A copy of the project as it is now, with other texts in place of some functions.
-
-    functions: exercise -> text."""
-    skipped = shutil.ignore_patterns(".*", "out", "work", "docs", "__pycache__")
-    shutil.copytree(ROOT, folder, ignore=skipped)
-    for exercise, function in functions.items():
-        path = Path(folder, exercise.file)
-        path.write_text(splice(path.read_text(), exercise.function, function))
 
 
 def judge(exercise, function):
@@ -298,7 +226,8 @@ def main(arguments):
     if command == "experiment":
         from lab import experiments
 
-        experiments.run(options, words)
+        if found := experiments.run(options, words):
+            progress(options.work, f"experiment {words[0]}", **found)
         return
     alone = {"start": start, "status": status, "run": run}
     if command in alone and not words:

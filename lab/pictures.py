@@ -4,13 +4,17 @@ so far. A picture shows a wrong answer, too: that is when it helps.
 Each function here draws what one function of the project does, given as `f`, into an axis."""
 
 import importlib
+import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.files import write_whole
 from common.plots import BLUE, GREY, ORANGE, RED, STYLE, plt
+from lab.exercises import EXERCISES
 from rope import Rope, rope_angles
 
 TEXT = (
@@ -42,10 +46,11 @@ def mask_tokens(f, axis):
 
 def rotate(f, axis, D=16, longest=60):
     angles = rope_angles(torch.tensor([0, 200]), 200, D, Rope(trained_length=200))
-    x = torch.ones(1, D)
+    q, k = torch.ones(1, D), torch.ones(1, D)
+    k[:, : D // 2] = -0.5  # so that turning the other way is another curve
     for start, color, style in ((60, BLUE, "-"), (100, ORANGE, "--"), (139, RED, ":")):
-        query = f(x, angles[[start]].cos(), angles[[start]].sin())
-        keys = [f(x, angles[[j]].cos(), angles[[j]].sin()) for j in range(start - longest, start)]
+        query = f(q, angles[[start]].cos(), angles[[start]].sin())
+        keys = [f(k, angles[[j]].cos(), angles[[j]].sin()) for j in range(start - longest, start)]
         scores = [float((query * key).sum()) for key in keys][::-1]
         label = f"query at position {start}"
         axis.plot(range(1, longest + 1), scores, style, color=color, label=label, lw=1.8)
@@ -67,7 +72,7 @@ def mean_pool(f, axis):
         axis.axvline(b - 0.5, color="black", lw=1.5)
     axis.imshow(canvas, cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
     axis.set(yticks=[C / 2 - 0.5, 1.5 * C + 0.5], yticklabels=["hidden states", "means"])
-    axis.set_xlabel("tokens of three texts, one behind the other; a row is a feature")
+    axis.set_xlabel("tokens of three packed texts; a row is a feature")
     axis.grid(False)
 
 
@@ -83,7 +88,7 @@ def info_nce(f, axis, pairs=12, E=8, steps=60):
     before, after = (torch.nn.functional.normalize(x.detach(), dim=-1) for x in (start, side))
     gap = torch.full((pairs, 1), torch.nan)
     both = torch.cat((before[0] @ before[1].T, gap, after[0] @ after[1].T), 1)
-    axis.imshow(both, cmap="RdBu_r", vmin=-1, vmax=1)
+    axis.imshow(both.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
     axis.set(xticks=[pairs / 2, pairs * 1.5 + 1], yticks=[], ylabel="queries")
     axis.set_xticklabels([f"documents, before {steps} steps", "after"])
     axis.set_xlabel("cosines: red 1, white 0, blue -1; the diagonal has the pairs")
@@ -106,26 +111,40 @@ PICTURES = {f.__name__: f for f in (mask_tokens, rotate, mean_pool, info_nce, nd
 
 
 def draw(exercise, function, path):
-    """Draws the target and, where a student has begun, the student's function (its text)."""
+    """Draws the target and, where a student has begun, the student's function (its text). With
+    function "": the target alone."""
     module, name = importlib.import_module(exercise.file.removesuffix(".py")), exercise.function
+    panels = 1 if function == "" else 2
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3))
-        PICTURES[name](getattr(module, name), axes[0])
-        axes[0].set_title("what it should do")
-        axes[1].set_title("what yours does")
-        names, problem = dict(vars(module)), "not begun"
-        if function:
-            try:
-                exec(compile(function, f"{exercise.name}.py", "exec"), names)
-                PICTURES[name](names[name], axes[1])
-                problem = ""
-            except Exception as error:  # whatever a student's function does
-                problem = f"{type(error).__name__}: {error}"
-        if problem:
-            axes[1].clear()
-            axes[1].set(title="what yours does", xticks=[], yticks=[])
-            text = "\n".join(textwrap.wrap(problem, 50)[:8])
-            axes[1].text(0.5, 0.5, text, ha="center", va="center", fontsize=8)
+        figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 3), squeeze=False)
+        PICTURES[name](getattr(module, name), axes[0, 0])
+        if panels == 2:
+            axes[0, 0].set_title("what it should do")
+            draw_own(exercise, function, dict(vars(module)), axes[0, 1])
         figure.tight_layout()
         write_whole(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
         plt.close(figure)
+
+
+def draw_own(exercise, function, names, axis):
+    """The picture of the student's function, or what kept it from being drawn. names: those that
+    the function can use."""
+    problem = "not begun"
+    if function:
+        try:
+            exec(compile(function, f"{exercise.name}.py", "exec"), names)
+            PICTURES[exercise.function](names[exercise.function], axis)
+            problem = ""
+        except Exception as error:  # whatever a student's function does
+            problem = f"{type(error).__name__}: {error}"
+    if problem:
+        axis.clear()
+        axis.set(xticks=[], yticks=[])
+        text = "\n".join(textwrap.wrap(problem, 50)[:8])
+        axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=8)
+    axis.set_title("what yours does")
+
+
+if __name__ == "__main__":  # those of lab/README.md
+    for exercise in EXERCISES[:5]:
+        draw(exercise, "", Path(__file__).parent / "img" / f"{exercise.name}.png")

@@ -8,9 +8,9 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT
 
-FOLDERS = ("common", "data", "bench")
+FOLDERS = ("common", "data", "bench", "lab")
 ORDER = ("common", "data", "rope", "model", "mlm", "evaluate", "data.filter")
-ORDER += ("contrastive", "finetune", "bench")
+ORDER += ("contrastive", "finetune", "bench", "lab")
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for pattern in ("*.py", *(f"{folder}/*.py" for folder in FOLDERS))

@@ -9,11 +9,13 @@ import sys
 
 import pytest
 from conftest import ROOT
+from tiny import tiny_model
 
 from common.options import InputError
-from lab import lab
+from lab import cutting, experiments, lab
 from lab.exercises import EXERCISES
 from lab.pictures import PICTURES
+from model import NomicBertForMaskedLM
 
 NAMES = [exercise.name for exercise in EXERCISES]
 
@@ -46,7 +48,7 @@ def work(tmp_path, capsys):
 @pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
 def test_a_function_is_cut_out_and_put_back_byte_for_byte(exercise):
     text = (ROOT / exercise.file).read_text()
-    assert lab.splice(text, exercise.function, real(exercise)) == text
+    assert cutting.splice(text, exercise.function, real(exercise)) == text
     stub = lab.stub(exercise)
     assert "raise NotImplementedError" in stub and exercise.hidden not in stub
     assert sum(exercise.hidden in line for line in real(exercise).splitlines()) == 1
@@ -164,3 +166,38 @@ def test_a_picture_shows_what_is_there_be_it_right_wrong_or_nothing(name, work):
         assert "wrote" in work("show", name)
         sizes.add((work.path / f"{name}.png").stat().st_size)
     assert len(sizes) == 2
+
+
+def test_a_prediction_is_compared_with_what_is_measured(data, data_tokenizer, tmp_path, work):
+    """Dynamic NTK against plain RoPE in a model that learned nothing: it cannot be told."""
+    model = tiny_model(data_tokenizer, NomicBertForMaskedLM, trained_length=16)
+    for stage in ("mlm", "contrastive"):
+        model.save_pretrained(tmp_path / "out" / stage)
+    given = (f"--out={tmp_path}/out", f"--data={data}")
+    shown = work("experiment", "rope", "--predict=0.5", *given)
+    assert "you predicted +0.500: outside" in shown and "cannot be told" in shown
+    record = json.loads(work("status", "--json"))["experiments"]["experiment rope"]
+    assert record["predicted"] == 0.5 and abs(record["mean"]) < 0.05
+    for words, message in (("rope",), "predict first"), (("ropes",), "give one of rope, few-pairs"):
+        with pytest.raises(InputError, match=message):
+            work("experiment", *words, *given)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "mean", "verdict"),
+    [(0.1, 0.12, "inside"), (-0.1, 0.12, "outside"), (0.02, 0.03, "inside .* cannot be told")],
+)
+def test_a_prediction_is_judged_at_two_standard_errors(predicted, mean, verdict):
+    found = experiments.verdict_on(predicted, {"mean": mean, "error": 0.02})
+    assert re.match(verdict, found)
+    assert ("told" in found) == (abs(mean) < 0.04)
+
+
+def test_the_notebook_runs(tmp_path):
+    """Without checkpoints its experiment says what is missing; all else works."""
+    cutting.copy_project(tmp_path / "copy", {})
+    settings = {"cwd": tmp_path / "copy" / "lab", "capture_output": True, "text": True}
+    result = subprocess.run([sys.executable, "notebook.py"], **settings)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("not begun") == 5 and "make demo" in result.stdout
+    assert len(list(tmp_path.glob("copy/lab/work/*.png"))) == 5
