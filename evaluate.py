@@ -10,7 +10,7 @@ and on data from elsewhere, with any checkpoint (--model=DIR, or a name on the h
 
     python evaluate.py sts FILE               # pairs of sentences with scores, csv or tsv
     python evaluate.py retrieval FOLDER       # a task in the BEIR layout, beside BM25
-    python evaluate.py mteb --tasks=A,B       # tasks of MTEB by their names, through its library
+    python evaluate.py mteb --tasks="MTEB(eng, v1)"   # tasks or benchmarks of MTEB by their names
 
 The ladder and the long texts use modules that were held out from all training. Results go to
 OUT/results.json, and into the model card of the checkpoint that they are of.
@@ -53,7 +53,8 @@ class Options:
     dims: int = 0  # sts, retrieval, mteb: the first dimensions only (Matryoshka); 0: all [0, 1e6]
     rope_factor: float = 0.0  # sts, retrieval, mteb: Dynamic NTK's s, from 1; 0: as saved [0, 1000]
     model_only: bool = False  # search: without BM25
-    tasks: str = ""  # mteb: names of tasks, with commas between them
+    tasks: str = ""  # mteb: names of tasks and benchmarks, such as "MTEB(Law, v1),SciFact"
+    languages: str = ""  # mteb: of tasks in several, such as deu,eng; empty: all of them
     seed: int = 0  # of the random weights [0, 1e18]
 
 
@@ -466,20 +467,23 @@ def retrieval(options, folder):
 
 
 def mteb(options):
-    """Tasks of MTEB, through its own library."""
+    """Tasks and whole benchmarks of MTEB, through its own library. One that cannot be downloaded is
+    skipped; the same command goes on after an interruption."""
     if not options.tasks:
         raise InputError("mteb: give --tasks=STSBenchmark,SciFact, or other names of tasks")
     if not importlib.util.find_spec("mteb"):
         raise InputError("mteb is not installed: pip install -r requirements-dev.txt")
-    from common.mteb_adapter import run_mteb
+    from common.mteb_adapter import named_tasks, print_table, run_mteb
 
-    model, directory, length = open_model(options)
-    name, dims = options.model or str(directory), options.dims or None
-    for task, score in run_mteb(
-        model, name, options.tasks.split(","), options.out, length, dims
-    ).items():
-        print(f"{task:40}main score {score:.4f}")
+    tasks = named_tasks(options.tasks, options.languages.split(",") if options.languages else None)
+    model, directory, _ = open_model(options)
+    name = options.model or str(directory)
+    rows = run_mteb(model, name, tasks, options.out, options.max_tokens, options.dims or None)
+    scores = print_table(rows)
+    for task, score in scores.items():
         record(directory, f"MTEB {task}", {"main score": score})
+    if not scores:
+        raise InputError("--tasks: no task could be run; the reasons are above")
     print(f"all scores, in mteb's layout: {options.out}/mteb/results/")
 
 

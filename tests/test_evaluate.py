@@ -279,7 +279,7 @@ def test_a_correlation_that_is_not_defined_is_null(directory, tmp_path, capsys):
 # MTEB, with tasks that are made here
 
 
-def mteb_task(base, name, kind, main_score, dataset):
+def mteb_task(base, kind, main_score, dataset):
     """A task object of mteb that brings its data along."""
     from mteb.abstasks.task_metadata import TaskMetadata
 
@@ -287,49 +287,123 @@ def mteb_task(base, name, kind, main_score, dataset):
     about |= {"eval_splits": ["test"], "eval_langs": ["eng-Latn"], "main_score": main_score}
 
     class Task(base):
-        metadata = TaskMetadata(name=name, type=kind, **about)
+        metadata = TaskMetadata(name=f"My{kind}", type=kind, **about)
         min_score, max_score = 0, 5
 
         def load_data(self, *arguments, **kwargs):
+            if isinstance(dataset, Exception):
+                raise dataset
             self.dataset, self.data_loaded = dataset, True
 
     return Task()
 
 
-def test_mteb_scores_tasks_as_we_do_and_takes_the_prefix_of_each_type(directory, tmp_path):
-    pytest.importorskip("mteb")
+def mteb_tasks(task):
+    """One of each type of the 56, and bitext mining, of a few rows."""
     from datasets import Dataset
-    from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS
+    from mteb import abstasks
+    from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
 
-    from common.mteb_adapter import run_mteb
-
-    task = Retrieval(write_task(tmp_path / "task"), "test")
     corpus = [{"id": f"d{i}", "text": text} for i, text in enumerate(task.documents)]
     queries = [{"id": row["_id"], "text": row["text"]} for row in QUERIES]
     split = {"corpus": Dataset.from_list(corpus), "queries": Dataset.from_list(queries)}
     split |= {"relevant_docs": {"q1": {"d7": 2}, "q2": {"d13": 1}}, "top_ranked": None}
+    few = {"q1": [f"d{i}" for i in range(5, 12)], "q2": [f"d{i}" for i in range(9, 20)]}
     first, second, scores = map(list, zip(*PAIRS, strict=True))
-    pairs = Dataset.from_dict({"sentence1": first, "sentence2": second, "score": scores})
-    kinds = ("MyTask", "Retrieval", "ndcg_at_10"), ("MyPairs", "STS", "cosine_spearman")
-    tasks = [
-        mteb_task(AbsTaskRetrieval, *kinds[0], {"default": {"test": split}}),
-        mteb_task(AbsTaskSTS, *kinds[1], {"test": pairs}),
-    ]
-    model = NomicBert.from_pretrained(directory)
-    asked, encode = [], model.encode
-    model.encode = lambda texts, *rest: asked.extend(texts) or encode(texts, *rest)
-    found = run_mteb(model, "tiny", tasks, tmp_path, max_tokens=128)
-    prefixes = {re.match(r"\w+: ", text)[0] for text in asked}
-    assert prefixes == {"classification: ", "search_query: ", "search_document: "}
+    both = {"sentence1": first, "sentence2": second}
+    labels = [int(score > np.median(scores)) for score in scores]
+    texts = [f"{'read a file' if i % 2 else 'sum of numbers'} {i * i}" for i in range(24)]
+    named = Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(24)]})
+    groups = {"sentences": [texts, texts[::-1]], "labels": [[i % 2 for i in range(24)]] * 2}
+    summaries = {"text": texts[:3], "human_summaries": [texts[3:5]] * 3}
+    summaries |= {"machine_summaries": [texts[5:9]] * 3, "relevance": [[1.0, 3.0, 2.0, 5.0]] * 3}
+    pairs = [Dataset.from_dict(x) for x in (both | {"score": scores}, both | {"labels": labels})]
+    return [
+        mteb_task(abstasks.AbsTaskRetrieval, "Retrieval", "ndcg_at_10",
+                  {"default": {"test": split}}),
+        mteb_task(abstasks.AbsTaskRetrieval, "Reranking", "map_at_1000",
+                  {"default": {"test": split | {"top_ranked": few}}}),
+        mteb_task(abstasks.AbsTaskSTS, "STS", "cosine_spearman", {"test": pairs[0]}),
+        mteb_task(abstasks.AbsTaskPairClassification, "PairClassification", "max_ap",
+                  {"test": pairs[1]}),
+        mteb_task(abstasks.AbsTaskClassification, "Classification", "accuracy",
+                  {"train": named, "test": named}),
+        mteb_task(AbsTaskClusteringLegacy, "Clustering", "v_measure",
+                  {"test": Dataset.from_dict(groups)}),
+        mteb_task(abstasks.AbsTaskSummarization, "Summarization", "cosine_spearman",
+                  {"test": Dataset.from_dict(summaries)}),
+        mteb_task(abstasks.AbsTaskBitextMining, "BitextMining", "f1",
+                  {"test": Dataset.from_dict(both)}),
+    ]  # fmt: skip
 
-    expected = task.scores(task.rank(model, 128))["nDCG@10"]
-    assert found["MyTask"] == pytest.approx(np.mean(expected), abs=1e-5)
-    x, y = (encode([f"classification: {text}" for text in side]) for side in (first, second))
-    assert found["MyPairs"] == pytest.approx(spearman((x * y).sum(1), scores))
+
+def test_mteb_scores_each_type_of_task_as_it_does_through_sentence_transformers(
+    directory, tmp_path
+):
+    """With the prompts that mteb has registered for nomic-embed-text-v1."""
+    mteb = pytest.importorskip("mteb")
+    from mteb.models import SentenceTransformerEncoderWrapper
+    from sentence_transformers import SentenceTransformer
+
+    from common.mteb_adapter import run_mteb
+
+    task = Retrieval(write_task(tmp_path / "task"), "test")
+    tasks, model = mteb_tasks(task), NomicBert.from_pretrained(directory)
+    found = {kind: score for _, kind, score in run_mteb(model, "tiny", tasks, tmp_path, 128)}
+    assert len(found) == 8
+    prompts = mteb.get_model_meta("nomic-ai/nomic-embed-text-v1").loader_kwargs["model_prompts"]
+    theirs = SentenceTransformer(str(directory), device="cpu")
+    theirs.max_seq_length = 128
+    theirs = SentenceTransformerEncoderWrapper(theirs, model_prompts=prompts)
+    for other in mteb_tasks(task):
+        kind = other.metadata.type
+        (result,) = mteb.evaluate(theirs, other, cache=None).task_results
+        expected = result.get_score()
+        if kind == "BitextMining":  # for which nothing is registered, and ours is classification
+            assert 0 <= found[kind] <= 1
+        else:
+            assert found[kind] == pytest.approx(expected, abs=1e-4), kind
+    assert found["Retrieval"] == pytest.approx(
+        np.mean(task.scores(task.rank(model, 128))["nDCG@10"]), abs=1e-5
+    )
     written = {path.name for path in (tmp_path / "mteb" / "results").rglob("*.json")}
-    assert {"MyTask.json", "MyPairs.json", "model_meta.json"} <= written
-    with pytest.raises(InputError, match="--tasks: NoSuchTask is not a task of mteb"):
-        run_mteb(model, "tiny", ["NoSuchTask"], tmp_path, max_tokens=128)
+    assert {"MyRetrieval.json", "MyBitextMining.json", "model_meta.json"} <= written
+
+
+def test_mteb_goes_on_after_a_task_without_data_and_keeps_what_was_scored(
+    directory, tmp_path, capsys
+):
+    pytest.importorskip("mteb")
+    from mteb.abstasks import AbsTaskSTS
+
+    from common.mteb_adapter import print_table, run_mteb
+
+    task, model = (
+        Retrieval(write_task(tmp_path / "task"), "test"),
+        NomicBert.from_pretrained(directory),
+    )
+    lost = mteb_task(AbsTaskSTS, "PairClassification", "ap", ConnectionError("no such host\nmore"))
+    tasks = [mteb_tasks(task)[2], lost, mteb_tasks(task)[4]]
+    scores = print_table(run_mteb(model, "tiny", tasks, tmp_path, 128))
+    assert list(scores) == ["MySTS", "MyClassification"]
+    shown = capsys.readouterr().out
+    assert "skipped: MyPairClassification: no such host\n" in shown
+    assert re.search(r"all \(2\) +\d+\.\d\d\n", shown) and "table 4" not in shown
+    model.encode = None  # nothing is embedded again
+    again = print_table(run_mteb(model, "tiny", tasks[::2], tmp_path, 128))
+    assert again == pytest.approx(scores)
+
+
+def test_tasks_and_benchmarks_of_mteb_are_found_by_their_names():
+    pytest.importorskip("mteb")
+    from common.mteb_adapter import named_tasks
+
+    for name, count in (("MTEB(eng, v1)", 56), ("LongEmbed", 6), ("MTEB(Law, v1),SciFact", 9)):
+        assert len(named_tasks(name)) == count, name
+    assert len(named_tasks("STS22")[0].hf_subsets) == 18
+    assert named_tasks("STS22", ["deu"])[0].hf_subsets[0] == "de"
+    with pytest.raises(InputError, match="--tasks: NoSuchTask is no task or benchmark of mteb"):
+        named_tasks("SciFact,NoSuchTask")
 
 
 def test_each_type_of_mteb_task_has_the_prefix_of_the_paper():
