@@ -3,7 +3,8 @@
     python evaluate.py                        # the ladder: BM25, random weights, each stage's model
     python evaluate.py search "how do I read a csv file"     # the ten best; no query: a prompt
     python evaluate.py search "..." --model-only             # without BM25
-    python evaluate.py long                   # beyond the trained length, four ways to scale RoPE
+    python evaluate.py long [--model=DIR]     # beyond the trained length, four ways to scale RoPE
+    python evaluate.py probe                  # what the embeddings of each stage know, frozen
     python evaluate.py plot                   # learning curves, ladder, length curves, a map as PNG
 
 and on data from elsewhere, with any checkpoint (--model=DIR, or a name on the hub):
@@ -374,35 +375,41 @@ def scalings(times):
 
 def long(options, times=(1, 2, 4, 8, 16)):
     """Masked accuracy after stage 1, and retrieval of long documents by the last stage's model, at
-    1, 2, ... 16 times the trained length."""
-    masked = NomicBertForMaskedLM.from_pretrained(f"{options.out}/mlm", device=best_device())
-    encoder = NomicBert.from_pretrained(last_stage(options.out), device=best_device())
-    length = masked.config.trained_length
-    column = Source(f"{options.data}/stage1/long", masked.bert.tokenizer).columns["document"]
-    longest = length * max(times)
-    windows = [
-        ids[i : i + longest].astype(np.int64)
-        for ids in (column[row] for row in range(len(column)))
-        for i in range(0, len(ids) - longest + 1, longest)
-    ]
+    1, 2, ... 16 times the trained length, or as far as --max-tokens. With --model both are of that
+    checkpoint, the first one if it has a head for masked tokens."""
+    encoder, directory, _ = open_model(options)
+    length, masked, windows = encoder.config.trained_length, None, []
+    times = [n for n in times if n * length <= (options.max_tokens or math.inf)]
+    longest = length * max(times, default=1)
+    with contextlib.suppress(InputError):  # a checkpoint of stage 2 or 3 has no such head
+        head = directory if options.model else f"{options.out}/mlm"
+        masked = NomicBertForMaskedLM.from_pretrained(head, device=best_device())
+        column = Source(f"{options.data}/stage1/long", masked.bert.tokenizer).columns["document"]
+        windows = [
+            ids[i : i + longest].astype(np.int64)
+            for ids in (column[row] for row in range(len(column)))
+            for i in range(0, len(ids) - longest + 1, longest)
+        ]
     task, table = Retrieval(Path(options.data, "long", "pages"), "test"), {}
     print(f"{len(windows)} windows of {longest} held-out tokens: the same masks at every length")
     print(f"{len(task.queries)} queries, {len(task.documents)} documents truncated to each length")
     print(f"\n{'':14}{'tokens':>8}{'masked accuracy':>20}{f'beyond {length}':>16}{'nDCG@10':>20}")
     for name in scalings(1):
         for n in times:
-            masked.bert.rope = dataclasses.replace(masked.bert.rope, **scalings(n)[name])
             encoder.rope = dataclasses.replace(encoder.rope, **scalings(n)[name])
-            _, hit, place = held_out_scores(masked, windows, piece=n * length)
             rankings = task.rank(encoder, n * length)
-            row = {"accuracy": hit, "nDCG@10": task.scores(rankings)["nDCG@10"]}
-            row |= {"beyond": hit[place >= length]} if n > 1 else {}
-            row = {metric: summary(values) for metric, values in row.items()}
+            row = {"nDCG@10": task.scores(rankings)["nDCG@10"]}
+            if windows:
+                masked.bert.rope = dataclasses.replace(masked.bert.rope, **scalings(n)[name])
+                _, hit, place = held_out_scores(masked, windows, piece=n * length)
+                row |= {"accuracy": hit, "beyond": hit[place >= length]}
+            row = {metric: summary(values) for metric, values in row.items() if len(values)}
             table.setdefault(name, {})[n * length] = row
-            beyond = shown(row["beyond"]) if n > 1 else ""
-            cells = f"{shown(row['accuracy']):>20}{beyond:>16}"
-            print(f"{name:14}{n * length:8}{cells}{shown(row['nDCG@10']):>20}", flush=True)
-    save_results(options.out, "long", {"trained length": length, "table": table})
+            cells = [shown(row[key]) if key in row else "" for key in ("accuracy", "beyond")]
+            cells = f"{cells[0]:>20}{cells[1]:>16}{shown(row['nDCG@10']):>20}"
+            print(f"{name:14}{n * length:8}{cells}", flush=True)
+    if not options.model:
+        save_results(options.out, "long", {"trained length": length, "table": table})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -597,6 +604,47 @@ def map_of(options, size=2000, queries=3):
     return {"panels": panels, "groups": groups, **about}
 
 
+def probe(options, groups=8, each=150):
+    """What a frozen model knows by itself: which package a docstring is of, and whether a text is a
+    summary or a body, predicted by logistic regression from its embedding. Accuracy in five-fold
+    cross-validation, for word vectors, random weights and each stage."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    task = Retrieval.open_all(options.data, options.split)[0]
+    package = np.array([re.split(r"[./#]", name)[0] for name in task.names])
+    named, counts = np.unique(package, return_counts=True)
+    large = counts >= 10  # enough to be in each fifth
+    rng, chosen = np.random.default_rng(0), named[large][np.argsort(-counts[large])][:groups]
+    if len(chosen) < 2:
+        raise InputError(f"{options.data}: its {options.split} texts are of one package")
+    rows = np.concatenate(
+        [rng.permutation(np.flatnonzero(package == name))[:each] for name in chosen]
+    )
+    queries = rng.permutation(len(task.queries))[: len(rows)]
+    texts = [task.documents[i] for i in rows] + [task.queries[i] for i in queries]
+    largest = counts[np.isin(named, chosen)].clip(max=each).max() / len(rows)
+    print(f"package: {len(rows)} texts of {len(chosen)}, {largest:.0%} of the largest")
+    print(f"kind: {len(rows)} bodies, {len(queries)} summaries")
+    print(f"\n{'accuracy':28}{'package':>16}{'kind':>16}")
+    table = {}
+    for name, model, _ in models_of(options):
+        prefixed = [PREFIXES["classification"] + text for text in texts]
+        x = model.encode(prefixed, options.max_tokens or model.config.trained_length)
+        row = {}
+        for label, own, right in (
+            ("package", x[: len(rows)], package[rows]),
+            ("kind", x, np.arange(len(texts)) < len(rows)),
+        ):
+            fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+            row[label] = summary(cross_val_predict(fitted, own, right, cv=5) == right)
+        print(f"{name:28}" + "".join(f"{shown(row[k]):>16}" for k in row), flush=True)
+        table[name] = row
+    save_results(options.out, "probe", table)
+
+
 def plot(options):
     """Pictures of what is in OUT, as PNG."""
     from common.plots import plot_all
@@ -610,7 +658,7 @@ def main(arguments):
     words, arguments = split_words(arguments)
     options, _ = read_options(Options, arguments)
     command = words.pop(0) if words else "ladder"
-    commands = {"ladder": ladder, "long": long, "plot": plot, "mteb": mteb}
+    commands = {"ladder": ladder, "long": long, "probe": probe, "plot": plot, "mteb": mteb}
     if command == "search":
         search(options, " ".join(words) if words else None)
     elif command in commands and not words:
@@ -619,8 +667,8 @@ def main(arguments):
         {"sts": sts, "retrieval": retrieval}[command](options, words[0])
     else:
         raise InputError(
-            f"{' '.join([command, *words])}: give search, long, plot, sts FILE, retrieval FOLDER, "
-            "mteb, or nothing"
+            f"{' '.join([command, *words])}: give search, long, probe, plot, sts FILE, "
+            "retrieval FOLDER, mteb, or nothing"
         )
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from tiny import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import contrastive
 import mlm
-from bench import curve, estimate, experiments
+from bench import curve, estimate, experiments, long
 from common.files import load_tokenizer, read_json, write_json
 from common.options import InputError
 from data.prepare import write_source
@@ -204,3 +205,36 @@ def test_differences_are_those_of_each_query_over_the_seeds_that_both_rows_have(
     assert experiments.cell(others, "x") == "0.400 ±0.058"
     assert experiments.cell(runs, "x") == "0.783 ±0.101 (0.700, 0.867)"
     assert experiments.difference(runs, {}, "x") == ""
+
+
+def test_a_needle_is_ranked_among_the_texts_without_it(data_tokenizer, monkeypatch):
+    """With a model that counts words the text with the needle is first at each depth; with one that
+    gives all texts the same embedding, too: no other one is above it."""
+    haystacks = [[10 + i] * 60 for i in range(5)]
+    needles = [[40 + i] * 8 for i in range(5)]
+
+    def count(model, bodies):
+        counts = np.stack([np.bincount(body, minlength=60) for body in bodies]).astype(float)
+        return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+
+    monkeypatch.setattr(long, "embed", count)
+    model = tiny_model(data_tokenizer)
+    arguments = (model, haystacks, needles, count(model, needles), 50)
+    assert long.needle_scores(*arguments, depths=4).tolist() == [[1.0] * 5] * 4
+    others = count(model, haystacks[1:] + haystacks[:1])  # asks for the next text
+    ranks = long.needle_scores(model, haystacks, needles, others, 50, depths=2)
+    assert (ranks == 0.5).all()
+
+
+def test_a_needle_keeps_the_length_and_wanders_from_the_beginning_to_the_end(
+    data_tokenizer, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(
+        long, "embed", lambda model, bodies: (seen.extend(bodies), np.eye(2)[: len(bodies)])[1]
+    )
+    model = tiny_model(data_tokenizer)
+    special = len(data_tokenizer.encode("search_document: ").ids)
+    long.needle_scores(model, [[7] * 99] * 2, [[9] * 4] * 2, np.eye(2), 40 + special, depths=3)
+    assert {len(body) for body in seen} == {40}
+    assert [body.index(9) for body in seen[2::2]] == [0, 18, 36]

@@ -1,6 +1,7 @@
 """Whole runs of the three stages, small: they end with the same bits however they were interrupted,
 and never touch what they did not write."""
 
+import json
 import re
 import resource
 import shutil
@@ -370,6 +371,22 @@ def test_a_ladder_and_its_pictures_have_every_row_that_was_trained(
     plots.plot_all(out, panels)
     pictures = {path.name for path in out.glob("*.png")}
     assert pictures == {"curves.png", "ladder.png", "map.png"}
+    evaluate.main(["probe", *options])
+    table = json.loads((out / "results.json").read_text())["probe"]
+    assert list(table) == rows[2:7]
+    assert all(0.5 < row["kind"]["mean"] <= 1 for row in table.values()), "better than chance"
+
+
+def test_long_texts_are_scored_for_any_checkpoint(data, tmp_path, finished, capsys):
+    """One of stage 3 has no head for masked tokens."""
+    given = [f"--data={data}", f"--out={tmp_path}", "--max-tokens=256"]
+    for stage, masked in (("finetune", False), ("mlm", True)):
+        capsys.readouterr()
+        evaluate.main(["long", f"--model={finished['folder']}/{stage}", *given])
+        *_, last = capsys.readouterr().out.splitlines()
+        assert re.match(r"Dynamic NTK +256 ", last)
+        assert len(re.findall(r"\d ±", last)) == (3 if masked else 1)
+    assert not (tmp_path / "results.json").exists(), "that has the lengths of OUT's own model"
 
 
 def test_a_shape_that_contradicts_the_checkpoint_is_refused_by_name(data, tmp_path, finished):
