@@ -11,10 +11,11 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python data/pydocs.py
 	$(BIN)/python mlm.py
-	$(BIN)/python contrastive.py --num-hidden-layers=0 --out=out/words
+	$(BIN)/python contrastive.py --num-hidden-layers=0 --lr=3e-3 --out=out/words
 	$(BIN)/python contrastive.py --init=out/mlm
 	$(BIN)/python finetune.py --init=out/contrastive
 	$(BIN)/python evaluate.py
+	$(BIN)/python evaluate.py long
 	$(BIN)/python evaluate.py plot
 	$(BIN)/python evaluate.py search "how do I read a csv file"
 

@@ -50,7 +50,7 @@ class Config:
     compile: bool = False  # fuse the operations of a block: pays in runs of many minutes
 
     hidden_size: int = 256  # C; this and the next five come from --init, if given [2, 65536]
-    num_hidden_layers: int = 1  # transformer blocks [1, 1000]
+    num_hidden_layers: int = 2  # transformer blocks [1, 1000]
     num_attention_heads: int = 4  # H; heads of 64 features, as the paper's [1, 1000]
     intermediate_size: int = 512  # width of the feed-forward layers [1, 1e6]
     rope_base: float = 1000.0  # sec. 3.4 [1, 1e9]

@@ -5,10 +5,9 @@ random weights and after stage 1 of several lengths.
     python bench/curve.py --sizes=1500 --mlm-steps=200 --seeds=1     # one point of each line
 
 A comparison is fair only if each line has its own learning rate: the best on dev, in the first
-seed, of --rates. All weights of stage 1 are kept, and the rate falls to 0. Reported is test, with
-standard errors over queries of the mean over seeds; differences are those of each query. A seed
-draws other pairs too. OUT/results.json, report.md and curve.png are written after every run; the
-same command continues after an interruption.
+seed, of --rates. Reported is test, with standard errors over queries of the mean over seeds;
+differences are those of each query. A seed draws other pairs too. OUT/results.json, report.md and
+curve.png are written after every run; the same command continues after an interruption.
 """
 
 import shutil
@@ -68,7 +67,7 @@ def run_point(options, line, size, rate, seed):
     out, common, init = Path(options.out), [f"--seed={seed}", "--eval-every=0"], []
     shape = [f"--hidden-size={options.hidden_size}", f"--num-hidden-layers={options.layers}"]
     if line != RANDOM:
-        init = [f"--init={out}/mlm-{line}-{seed}", "--keep=all"]
+        init = [f"--init={out}/mlm-{line}-{seed}"]
         given = [f"--data={options.data}", f"--out={out}/mlm-{line}-{seed}", f"--steps={line}"]
         mlm.main([*given, *shape, *common])
     data, batch_size = out / f"pairs-{size}-{seed}", 256 if size < 100_000 else 512
@@ -76,7 +75,7 @@ def run_point(options, line, size, rate, seed):
     steps = min(200, max(40, 12 * size // batch_size))  # at most 12 epochs
     name = f"{line}-{size}-{rate}-{seed}".replace(" ", "-")
     given = [f"--data={data}", f"--out={out}/{name}", f"--lr={rate}", f"--steps={steps}"]
-    given += ["--decay=linear", f"--warmup={steps // 10}", f"--batch-size={min(batch_size, size)}"]
+    given += [f"--warmup={steps // 10}", f"--batch-size={min(batch_size, size)}"]
     contrastive.main([*given, *(init or shape), *common])
     model = NomicBert.from_pretrained(out / name, device=best_device())
     length, scores = model.config.trained_length, {}

@@ -59,8 +59,8 @@ def hard_negatives(options, folder):
 def few_pairs(options, folder, pairs=1500):
     data = folder / "data"
     draw_pairs(Path(options.data), data, pairs, options.seed)
-    given = (f"--data={data}", "--steps=60", "--warmup=6", "--batch-size=256", "--decay=linear")
-    after = (f"--init={options.out}/mlm", "--keep=all", "--lr=1e-3")
+    given = (f"--data={data}", "--steps=60", "--warmup=6", "--batch-size=256")
+    after = (f"--init={options.out}/mlm", "--lr=1e-3")
     shape = NomicBert.from_pretrained(f"{options.out}/mlm").config
     random = (
         f"--num-hidden-layers={shape.num_hidden_layers}",

@@ -95,7 +95,7 @@ BAD = [  # script, options, what the message has
     (contrastive, "--query-tokens=2", "a whole number from 3 to 1e+06"),
     (contrastive, "--document-tokens=999", "--document-tokens is beyond the 128 tokens"),
     (contrastive, "--init=nowhere", "there is no checkpoint directory nowhere"),
-    (contrastive, "--keep=some", "give embeddings or all"),
+    (contrastive, "--decay=cosine", "give sqrt or linear"),
     (finetune, "--negatives=-1", "a whole number from 0 to 1,000"),
     (finetune, "--mined=0", "a whole number from 1 to 10,000"),
     (finetune, "--margin=0 --margin=-1", "a number from 0.01 to inf"),

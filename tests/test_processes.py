@@ -76,7 +76,7 @@ def train_in_group(rank, world, data, folder):
     for stage in STAGES:  # begun by one process
         train64(stage, data, folder / f"{stage}-continued-by-{world}")
     messages = [
-        message_of(data, folder / "never", f"--init={folder}/other-{rank}", "--keep=all"),
+        message_of(data, folder / "never", f"--init={folder}/other-{rank}"),
         message_of(data, folder / f"mlm-1-whole-{rank}"),
     ]
     (folder / f"messages-{world}-{rank}").write_text("\n".join(messages))
