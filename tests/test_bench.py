@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import contrastive
 import mlm
-from bench import curve, estimate, experiments, long
+from bench import curve, estimate, experiments, languages, long
 from common.files import load_tokenizer, read_json, write_json
 from common.options import InputError
 from data.prepare import write_source
@@ -238,3 +238,36 @@ def test_a_needle_keeps_the_length_and_wanders_from_the_beginning_to_the_end(
     long.needle_scores(model, [[7] * 99] * 2, [[9] * 4] * 2, np.eye(2), 40 + special, depths=3)
     assert {len(body) for body in seen} == {40}
     assert [body.index(9) for body in seen[2::2]] == [0, 18, 36]
+
+
+def write_catalogue(folder, language, messages):
+    """Message catalogues as gettext writes them. messages: (message, translation, flags)."""
+    path = folder / "some" / "locale" / language / "LC_MESSAGES" / "django.po"
+    path.parent.mkdir(parents=True)
+    entries = [f'{flags}msgid "{message}"\nmsgstr "{text}"\n' for message, text, flags in messages]
+    header = 'msgid ""\nmsgstr "Content-Type: text/plain; charset=UTF-8\\n"\n'
+    path.write_text("\n".join([header, *entries]), encoding="utf-8")
+    return path
+
+
+def test_messages_are_asked_for_in_another_language(data, data_tokenizer, tmp_path, capsys):
+    messages = [(sentence(i), f"übersetzt {sentence(i, 9)}", "") for i in range(60)]
+    skipped = [("One word", "Ein Wort", ""), ("not yet checked by", "x", "#, fuzzy\n")]
+    skipped += [("not translated so far", "", "")]
+    write_catalogue(tmp_path, "de", [*messages, *skipped])
+    write_catalogue(tmp_path, "fr", messages)
+    assert languages.read_catalogues(tmp_path, "de") == {m: text for m, text, _ in messages}
+    tiny_model(data_tokenizer).save_pretrained(tmp_path / "model")
+    given = [f"--data={data}", f"--model={tmp_path}/model", f"--out={tmp_path}/out", "--steps=2"]
+    given += ["--languages=de,fr", "--batch-size=8", str(tmp_path)]
+    languages.main(given)
+    held_out = [m for m, _, _ in messages if languages.is_held_out(m)]
+    shown = capsys.readouterr().out
+    assert f"| de | {len(held_out)} |" in shown and f"| fr | {len(held_out)} |" in shown
+    source = tmp_path / "out" / "languages" / "data-de" / "stage2" / "translations"
+    assert len(Source(source, data_tokenizer)) == 60 - len(held_out), "held-out ones stay out"
+    with pytest.raises(InputError, match="has 0 messages in ru/LC_MESSAGES"):
+        languages.main([*given, "--languages=de,ru"])
+    (tmp_path / "some/locale/fr/LC_MESSAGES/django.po").write_text("nonsense\n")
+    with pytest.raises(InputError, match="django.po is not a catalogue"):
+        languages.main(given)
