@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common import distributed
+from common.checkpoint import find_checkpoint
 from common.device import choose_dtype, move_to_device
-from common.files import load_tokenizer
+from common.files import load_tokenizer, read_json
 from common.options import InputError, cli, inherit, read_options
 from common.run import Run, adamw, set_lr
 from data import pydocs, store
@@ -43,6 +44,7 @@ class Config:
     preset: str = "laptop"  # a named set of values: laptop, gpu or paper
     data: str = "out/pydocs"  # a data folder; the default one is made where it is missing
     init: str = ""  # a checkpoint to start from, such as out/mlm; empty: random weights
+    separate_words: bool = True  # after a short stage 1: gives each word a direction of its own
     out: str = "out/contrastive"  # for the checkpoint and the log
     resume: bool = False  # insist on continuing the run in OUT (the same command does it anyway)
     seed: int = 0  # decides the first weights and the order of the data [0, 1e18]
@@ -80,6 +82,7 @@ PRESETS = {
     "gpu": {
         **SHAPES["gpu"],
         "trained_length": 512,
+        "separate_words": False,
         "batch_size": 2048,
         "query_tokens": 64,
         "document_tokens": 256,
@@ -95,6 +98,7 @@ PRESETS = {
     "paper": {  # sec. 4.2.3 where nothing else is said
         **SHAPES["paper"],
         "trained_length": 2048,
+        "separate_words": False,
         "batch_size": 16_384,
         "query_tokens": 2048,  # the later reader truncates queries to 32 and
         "document_tokens": 2048,  # documents to 256 tokens [code]
@@ -274,6 +278,26 @@ def first_model(run, config, origin, device):
     return model
 
 
+def is_stage_1(checkpoint):
+    """Whether a checkpoint has a head for masked tokens."""
+    names = read_json(find_checkpoint(checkpoint) / "config.json").get("architectures")
+    return names == ["NomicBertForMaskedLM"]
+
+
+@torch.no_grad()
+def separate_words(model, seed):
+    """Centres the word embeddings, and adds to each a random vector of equal size.
+
+    Masked language modelling makes words alike that stand in like places, the rare ones most of
+    all, and a text is found by its rare words. The paper, whose stage 1 is long, does without;
+    after minutes of it this gives back what they lack (docs/results.md)."""
+    words = model.embeddings.word_embeddings.weight  # (V, C)
+    centred = words - words.mean(0)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(words.shape, generator=generator).to(words.device) * centred.std()
+    words.copy_((centred + noise) / 2**0.5)
+
+
 # ------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +312,8 @@ def main(arguments):
         return
 
     model = first_model(run, config, origin, device)
+    if config.separate_words and config.init and is_stage_1(config.init):
+        separate_words(model, config.seed)
     sources = store.open_sources(f"{config.data}/stage2", model.tokenizer)
     pairs = store.PairBatches(sources, config.batch_size, config.seed)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
