@@ -55,11 +55,12 @@ def written(exercise, work):
     path = Path(work, f"{exercise.name}.py")
     if not path.is_file():
         raise InputError(f"{path} is missing: python lab/lab.py start")
-    text, name = path.read_text(), exercise.function.split(".")[-1]
     try:
-        function = cut(text, name)
+        function = cut(path.read_text(encoding="utf-8"), exercise.function.split(".")[-1])
     except SyntaxError as error:
         raise InputError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except (OSError, ValueError) as error:  # not UTF-8, or bytes that are no text
+        raise InputError(f"{path} cannot be read: {error}") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return None if "raise NotImplementedError" in function else function

@@ -6,6 +6,7 @@ five seeds: `python lab/lab.py experiment bands` makes it again.
 """
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def hard_negatives(options, folder):
 def few_pairs(options, folder, pairs=1500):
     data = folder / "data"
     draw_pairs(Path(options.data), data, pairs, options.seed)
-    given = (f"--data={data}", "--steps=60", "--warmup=6", "--batch-size=256")
+    given = (f"--data={data}", "--steps=40", "--warmup=4", "--batch-size=128")
     after = (f"--init={options.out}/mlm", "--lr=1e-3")
     shape = NomicBert.from_pretrained(f"{options.out}/mlm").config
     random = (
@@ -84,7 +85,8 @@ def gather(options, folder):
         settings += [f"--out={(folder / name).resolve()}"]
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*launch, "--nproc-per-node=2", "contrastive.py", *settings]
-        subprocess.run(command, cwd=folder / f"{name}-project", check=True)
+        if subprocess.run(command, cwd=folder / f"{name}-project").returncode:
+            raise InputError("contrastive.py stopped: the reason is above")
         scores.append(queries(options, folder / name))
     return scores
 
@@ -143,10 +145,9 @@ def run(options, words):
     predicted = options.predict
     if not predicted and sys.stdin.isatty():
         predicted = input("Your prediction, sign and size, such as 0.05 or -0.1: ")
-    try:
-        predicted = float(predicted)
-    except ValueError:
-        raise InputError("predict first: --predict=0.05, or -0.1: sign and size") from None
+    if not re.fullmatch(r"[+-]?(\d*\.)?\d+", predicted.strip()):
+        raise InputError("predict first: --predict=0.05, or -0.1: sign and size")
+    predicted = float(predicted)
     found = summary(measure(options, name, options.seed))
     verdict = verdict_on(predicted, found)
     print(f"\n{question}:\n{shown(found)}; you predicted {predicted:+.3f}: {verdict}")

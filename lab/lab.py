@@ -30,7 +30,7 @@ from common.options import InputError, cli, read_options, split_words
 from lab.cutting import ROOT, copy_project, cut, stub, written
 from lab.exercises import EXERCISES
 
-SECONDS = 120  # that the tests of an exercise may take; more is a loop without end
+SECONDS = 60  # that the tests of an exercise may take; more is a loop without end
 
 
 @dataclass
@@ -215,7 +215,8 @@ def run(options):
     )
     for command in commands:
         print(f"\npython {' '.join(command)}", flush=True)
-        subprocess.run([sys.executable, *command, f"--data={data}"], cwd=folder, check=True)
+        if subprocess.run([sys.executable, *command, f"--data={data}"], cwd=folder).returncode:
+            raise InputError(f"{command[0]} stopped, in {folder}: the reason is above")
     print(f"\nall of it is in {folder}; search there again with another question")
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from tiny import tiny_model
+from tiny import cases, tiny_model
 
 from common.options import InputError
 from lab import cutting, experiments, lab
@@ -140,6 +140,28 @@ def test_an_exercise_that_is_broken_leaves_the_others_alone(work):
     (work.path / "rotate.py").write_text("def turn(x, cos, sin):\n    return x\n")
     with pytest.raises(InputError, match="there is no rotate in it"):
         work("check", "rotate")
+
+
+@cases(
+    ("words", "message"),
+    [
+        (("check", "11"), "name an exercise: mask_tokens, rotate"),
+        (("hint",), "hint: name an exercise"),
+        (("show", "grad_cache"), "grad_cache has no picture; these have: mask_tokens"),
+        (("solve", "rotate"), "solve: give start, status, run, check, hint, show, answer"),
+        (("start", "rotate"), "start: give start, status"),
+        (("experiment",), "give one of rope, few-pairs, stage-2, gather, hard-negatives"),
+        (("experiment", "rope", "--predict=0.1", "--out=nowhere"), "nowhere/mlm is missing"),
+        (("check", "mean_pool"), "mean_pool.py cannot be read: .*utf-8"),
+        (("check", "info_nce"), "info_nce.py is missing: python lab/lab.py start"),
+        (("status", "--colour"), "--colour is not an option"),
+    ],
+)
+def test_a_wrong_command_is_one_line_that_says_what_to_do(words, message, work):
+    (work.path / "mean_pool.py").write_bytes(b"def mean_pool(): \xff\n")
+    (work.path / "info_nce.py").unlink()
+    with pytest.raises(InputError, match=message):
+        work(*words)
 
 
 def test_starting_again_keeps_what_was_written(work):
