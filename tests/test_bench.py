@@ -126,7 +126,7 @@ def killed(tmp_path_factory):
     arguments = ["miniature", str(folder), "--size=tiny", f"--out={out}"]
     command = [sys.executable, ROOT / "bench" / "experiments.py", *arguments]
     process, results = subprocess.Popen(command, stderr=subprocess.PIPE), out / "results.json"
-    while not results.is_file() or len(read_json(results)["rows"]) < 5:
+    while not results.is_file() or len(read_json(results)["rows"]) < 6:
         assert process.poll() is None, process.communicate()[1][-2000:].decode()
         time.sleep(0.01)
     process.kill()

@@ -474,7 +474,7 @@ def test_embeddings_are_kept_until_the_checkpoint_changes_or_they_are_damaged(se
         (["search", " "], "the query is empty"),
         (["search", "x"], "nothing was trained in .*: make demo"),
         ([], "nothing was trained in .*: python mlm.py, or make demo"),
-        (["sts"], "give search, long, plot, sts FILE"),
+        (["sts"], "give search, long, probe, plot, sts FILE"),
         (["sts", "a", "b"], "give search"),
         (["retrieval"], "give search"),
         (["retrieval", "nowhere"], "has no qrels"),

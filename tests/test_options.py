@@ -49,7 +49,8 @@ def spelt(name):
 def test_presets_are_accepted_as_options_would_be(stage):
     for name, preset in stage.PRESETS.items():
         config, origin = read_options(stage.Config, [f"--preset={name}"], stage.PRESETS)
-        given = [f"--{spelt(key)}={value}".replace("True", "true") for key, value in preset.items()]
+        values = {k: str(v).lower() if isinstance(v, bool) else v for k, v in preset.items()}
+        given = [f"--{spelt(key)}={value}" for key, value in values.items()]
         same, _ = read_options(stage.Config, [f"--preset={name}", *given], stage.PRESETS)
         assert same == config and all(origin[key] == f"preset {name}" for key in preset)
     config, origin = read_options(stage.Config, ["--preset=paper", "--lr=1"], stage.PRESETS)

@@ -192,7 +192,7 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(data, tmp_path,
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--lr=1", "holds a run with --lr=0.003, not 1.0"),
+        ("--lr=1", "holds a run with --lr=0.002, not 1.0"),
         ("--steps=7", "holds a run with --steps=6, not 7"),
         ("--data=OTHER", "holds a run with another --data"),
         ("--init=MLM", "holds a run with another --init"),
