@@ -28,7 +28,6 @@ SMALL = {  # script -> options that make it small; of two values of an option th
     "bench/gradients.py": "--processes=2",
     "bench/attention.py": "--tokens=300 --heads=1 --rounds=1",
     "bench/faults.py": "--kills=1 --steps=2 --stages=mlm",
-    "bench/curve.py": "--sizes=100 --mlm-steps=2 --rates=1e-3 --layers=1 --hidden-size=64",
     "bench/long.py": "--lengths=64,128 --texts=2 --depths=2 --needle=16",
     "bench/data.py": "--rows=500 --large=1000 --rounds=1",
     "bench/experiments.py": "--size=tiny --rows='without stage 2'",
