@@ -289,8 +289,8 @@ def separate_words(model, seed):
     """Centres the word embeddings, and adds to each a random vector of equal size.
 
     Masked language modelling makes words alike that stand in like places, the rare ones most of
-    all, and a text is found by its rare words. The paper, whose stage 1 is long, does without;
-    after minutes of it this gives back what they lack (docs/results.md)."""
+    all, and a text is found by its rare words. The paper, whose stage 1 is long, does without. What
+    it gains after minutes has not been measured apart from the rate (docs/results.md)."""
     words = model.embeddings.word_embeddings.weight  # (V, C)
     centred = words - words.mean(0)
     generator = torch.Generator().manual_seed(seed)

@@ -1,8 +1,8 @@
 """Predict, then measure: one thing is changed, and the difference is taken query by query.
 
 Each experiment trains two models, or reads with one in two ways, and scores both on the same
-held-out queries. lab/bands.json has the mean and the standard deviation of the difference over
-five seeds: `python lab/lab.py experiment bands` makes it again.
+held-out queries. `python lab/lab.py experiment bands` writes the mean and the standard deviation of
+each difference over five seeds to lab/bands.json.
 """
 
 import dataclasses

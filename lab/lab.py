@@ -99,7 +99,6 @@ def grade(number, function):
     verdict, tested = observer.failure, sys.modules.get(exercise.file.removesuffix(".py"))
     for part in exercise.function.split("."):
         tested = getattr(tested, part, None)
-    tested = getattr(tested, "__wrapped__", tested)
     if not verdict and observer.passed < len(exercise.tests):
         verdict = f"{observer.passed} of {len(exercise.tests)} tests ran"
     used = tested and textwrap.dedent(inspect.getsource(tested)).strip()
@@ -168,7 +167,7 @@ def show(options, exercise):
 
 
 def state_of(exercise, work):
-    """ "done" if the function as it is passed, "tried", "open", or "not Python"."""
+    """One of: open, tried, not Python; done, if the function as it is now has passed."""
     try:
         function = written(exercise, work)
     except InputError:

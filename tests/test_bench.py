@@ -208,8 +208,8 @@ def test_differences_are_those_of_each_query_over_the_seeds_that_both_rows_have(
 
 
 def test_a_needle_is_ranked_among_the_texts_without_it(data_tokenizer, monkeypatch):
-    """With a model that counts words the text with the needle is first at each depth; with one that
-    gives all texts the same embedding, too: no other one is above it."""
+    """With a model that counts words the text with the needle is first at each depth; asked for the
+    next text, it is second."""
     haystacks = [[10 + i] * 60 for i in range(5)]
     needles = [[40 + i] * 8 for i in range(5)]
 
