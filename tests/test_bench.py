@@ -96,7 +96,7 @@ def test_the_estimate_of_the_papers_run_has_its_numbers(stage, tmp_path, capsys)
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """`miniature` at the smallest size on sources made here, killed after five rows, and continued.
+    """`miniature` at the smallest size on sources made here, killed after six rows, and continued.
     One abstract of arXiv is a document of SciFact."""
     folder = tmp_path_factory.mktemp("experiments")
     articles = [(sentence(i), ". ".join(sentence(i, k) for k in range(9))) for i in range(60)]
