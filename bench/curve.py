@@ -6,8 +6,9 @@ random weights and after stage 1 of several lengths.
 
 A comparison is fair only if each line has its own learning rate: the best on dev, in the first
 seed, of --rates. Reported is test, with standard errors over queries of the mean over seeds;
-differences are those of each query. A seed draws other pairs too. OUT/results.json, report.md and
-curve.png are written after every run; the same command continues after an interruption.
+differences are those of each query. A seed draws other pairs too. Each run leaves its scores in
+OUT/scores: the same command continues an interrupted one, and several may run at once, such as one
+for each size. OUT/report.md and curve.png show what there is.
 """
 
 import shutil
@@ -20,8 +21,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import contrastive
 import mlm
+from bench.shared import keep
 from common.device import best_device
-from common.files import load_tokenizer, read_json, write_json, write_text, write_whole
+from common.files import load_tokenizer, write_text, write_whole
 from common.options import InputError, cli, read_options
 from data import pydocs
 from data.filter import copy_data
@@ -43,6 +45,7 @@ class Options:
     seeds: int = 3  # of each point
     layers: int = 2  # of the model
     hidden_size: int = 256  # of the model [64, 4096]
+    options: str = ""  # more options of contrastive.py, for all lines
 
 
 def draw_pairs(data, out, count, seed):
@@ -76,12 +79,15 @@ def run_point(options, line, size, rate, seed):
     name = f"{line}-{size}-{rate}-{seed}".replace(" ", "-")
     given = [f"--data={data}", f"--out={out}/{name}", f"--lr={rate}", f"--steps={steps}"]
     given += [f"--warmup={steps // 10}", f"--batch-size={min(batch_size, size)}"]
-    contrastive.main([*given, *(init or shape), *common])
+    contrastive.main([*given, *(init or shape), *common, *options.options.split()])
     model = NomicBert.from_pretrained(out / name, device=best_device())
-    length, scores = model.config.trained_length, {}
-    for split in ("dev", "test"):
-        tasks = Retrieval.open_all(options.data, split)
-        scores[split] = {t.name: t.scores(t.rank(model, length))["nDCG@10"] for t in tasks}
+    scores = {"dev": {}, "test": {}}
+    for both in zip(*(Retrieval.open_all(options.data, split) for split in scores), strict=True):
+        task, held_out = both[0], len(both[0].queries)
+        task.queries += both[1].queries  # so that the documents are encoded once
+        task.relevant += both[1].relevant
+        found = task.scores(task.rank(model, model.config.trained_length))["nDCG@10"]
+        scores["dev"][task.name], scores["test"][task.name] = found[:held_out], found[held_out:]
     shutil.rmtree(out / name)  # its scores are what is needed
     return scores
 
@@ -162,21 +168,18 @@ def main(arguments):
         raise InputError("--sizes, --mlm-steps and --rates: give numbers with commas between them")
     sizes, out = [int(size) for size in sizes], Path(options.out)
     pydocs.make_if_missing(options.data)
-    model = {key: asdict(options)[key] for key in ("data", "layers", "hidden_size")}
-    path = out / "results.json"
-    kept = read_json(path) if path.is_file() else {"model": model, "runs": []}
-    if kept.get("model") != model:
-        raise InputError(f"{path} has results of {kept.get('model')}: choose another --out")
-    runs = {(line, size, rate, seed): scores for line, size, rate, seed, scores in kept["runs"]}
+    settings = {key: asdict(options)[key] for key in ("data", "layers", "hidden_size", "options")}
+    if (before := keep(out / "settings.json", lambda: settings)) != settings:
+        raise InputError(f"{out} has results of {before}: choose another --out")
+    runs = {}
 
     def run(*key):
-        if key not in runs:
-            print("\n{}, {:,} pairs, rate {}, seed {}".format(*key), flush=True)
-            runs[key] = run_point(options, *key)
-            write_json(path, {"model": model, "runs": [[*k, v] for k, v in runs.items()]})
-            text, points = report(runs, lines, sizes)
-            write_text(out / "report.md", text)
-            draw(points, lines, sizes, out / "curve.png")
+        print("\n{}, {:,} pairs, rate {}, seed {}".format(*key), flush=True)
+        path = out / "scores" / ("-".join(map(str, key)).replace(" ", "-") + ".json")
+        runs[key] = keep(path, lambda: run_point(options, *key))
+        text, points = report(runs, lines, sizes)
+        write_text(out / "report.md", text)
+        draw(points, lines, sizes, out / "curve.png")
 
     for seed in range(options.seeds):
         for size in sizes:

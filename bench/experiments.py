@@ -3,9 +3,11 @@
     python bench/experiments.py ladder               # the stages, on the embedded documentation
     python bench/experiments.py miniature SOURCES    # the paper in miniature, on public data
 
-A seed takes about 30 and 90 minutes on two cores. OUT/results.json and OUT/report.md are written
-after every row, and the same command continues an interrupted one. Scores are nDCG@10, Spearman for
-STS, with standard errors over queries, of the mean over seeds; differences are query by query.
+Each run leaves its scores in OUT/scores, and OUT/report.md is written after every row. The same
+command continues an interrupted one, and several may run at once, such as one for each seed.
+
+Scores are nDCG@10, Spearman for STS, with standard errors over queries, of the mean over seeds.
+Differences are query by query.
 
 miniature: SOURCES has these files. Training rows that repeat a text of the tasks are left out.
 
@@ -13,7 +15,7 @@ miniature: SOURCES has these files. Training rows that repeat a text of the task
     pairs/{arxiv,medquad,stackexchange,tldr}.jsonl.gz {"query", "document"}: stage 2
     folders/{peps,swift-evolution}.tar.gz             reStructuredText, Markdown: stages 1 and 2
     pairs/{questions_wiki,medquad}.jsonl.gz           stage 3; medquad's negatives: same "topic"
-    retrieval/{scifact-train,questions-amazon,qmsum-trainval}/    tasks in the BEIR layout, dev
+    retrieval/{scifact-train,questions-amazon,policyqa,qmsum-trainval}/     BEIR layout, dev
     sts/stsb-en-dev.csv.gz                            a task: sentence, sentence, score
 """
 
@@ -25,21 +27,22 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.shared import keep
 from bench.stages import STAGES
 from common.device import best_device, device_name
-from common.files import read_json, read_lines, write_json, write_text
+from common.files import read_json, read_lines, write_text
 from common.options import InputError, cli, read_options, split_words
 from data import filter as consistency
 from data import folder, pairs, pydocs
 from data.tasks import PREFIXES, read_scored_pairs, write_jsonl, write_task
-from evaluate import Retrieval, scalings, shown, spearman, summary
+from evaluate import Retrieval, fuse, scalings, shown, spearman, summary
 from model import NomicBert
 
 
@@ -57,35 +60,47 @@ class Row:
     tokens: int = 0  # truncates texts to this length; 0: the trained one, and no more than 512
     scaling: str = "Dynamic NTK"  # of RoPE
     long: bool = False  # in miniature: evaluates on QMSum, whose documents are long
+    with_bm25: bool = False  # the model and BM25 together
 
 
 ONE, TWO, THREE = (f"after stage {i}" for i in (1, 2, 3))
 NO_ONE, NO_TWO, EASY = "stage 2 without stage 1", "without stage 2", "without hard negatives"
+BM25 = Row("BM25", against=THREE)
+BOTH = Row(f"{THREE}, and BM25", start=THREE, against=BM25.name, with_bm25=True)
+RANDOM = Row("random weights", "contrastive", options="--steps=1 --lr=0")
 LADDER = [
+    BM25,
+    RANDOM,
+    Row("words alone", "contrastive", options="--num-hidden-layers=0 --lr=3e-3", against=TWO),
     Row(ONE, "mlm"),
     Row(TWO, "contrastive", ONE, against=ONE),
     Row(THREE, "finetune", TWO, against=TWO),
+    BOTH,
     Row(NO_ONE, "contrastive", options="--lr=3e-3", against=TWO),
     Row("without stage 1", "finetune", NO_ONE, against=THREE),
     Row(NO_TWO, "finetune", ONE, against=THREE),
     Row(EASY, "finetune", TWO, "--negatives=0", against=THREE),
-    Row("margin 0.95", "finetune", TWO, "--margin=0.95", against=THREE),
-    Row("margin inf", "finetune", TWO, "--margin=inf", against=THREE),
+    Row("four negatives", "finetune", TWO, "--negatives=4", against=EASY),
+    Row("negatives from rank 100", "finetune", TWO, "--mined=100", against=EASY),
+    Row("negatives at a rate of 3e-4", "finetune", TWO, "--lr=3e-4", against=EASY),
+    Row("none at a rate of 3e-4", "finetune", TWO, "--lr=3e-4 --negatives=0", against=EASY),
+    Row("margin 0.95", "finetune", TWO, "--margin=0.95", against=EASY),
 ]
-FILTER, ALL, M = "the filter", "stage 2 without the filter", "--matryoshka"
+FILTER, FILTERED, M = "the filter", "stage 2 with the filter", "--matryoshka"
 MINIATURE = [
-    Row("BM25", against=THREE),
-    Row("random weights", "contrastive", options="--steps=1 --lr=0"),
+    BM25,
+    RANDOM,
     Row(ONE, "mlm"),
-    Row(ALL, "contrastive", ONE, against=TWO),
-    Row(FILTER, "filter", ALL, "--max-tokens=512"),
-    Row(TWO, "contrastive", ONE, data=FILTER, against=ONE),
-    Row(THREE, "finetune", TWO, M, FILTER, TWO),
-    Row(NO_ONE, "contrastive", options="--lr=3e-3", data=FILTER, against=TWO),
-    Row("without stage 1", "finetune", NO_ONE, M, FILTER, THREE),
-    Row(NO_TWO, "finetune", ONE, M, FILTER, THREE),
-    Row(EASY, "finetune", TWO, f"{M} --negatives=0", FILTER, THREE),
-    Row("without the filter", "finetune", ALL, M, "", THREE),
+    Row(TWO, "contrastive", ONE, against=ONE),
+    Row(THREE, "finetune", TWO, M, against=TWO),
+    BOTH,
+    Row(NO_ONE, "contrastive", options="--lr=RANDOM", against=TWO),
+    Row("without stage 1", "finetune", NO_ONE, M, against=THREE),
+    Row(NO_TWO, "finetune", ONE, M, against=THREE),
+    Row(EASY, "finetune", TWO, f"{M} --negatives=0", against=THREE),
+    Row(FILTER, "filter", TWO, "--max-tokens=512"),
+    Row(FILTERED, "contrastive", ONE, data=FILTER, against=TWO),
+    Row("with the filter", "finetune", FILTERED, M, FILTER, THREE),
     *(Row(f"{THREE}: {n} dimensions", start=THREE, against=THREE, dims=n) for n in (64, 128, 256)),
     Row("BM25 of whole documents", long=True),
 ]
@@ -95,37 +110,56 @@ for n, rope in itertools.product((512, 2048, 4096, 8192), scalings(1)):
     MINIATURE.append(Row(f"{rope}: {n} tokens", start=THREE, against=against, **read))
 GROUPS = {"ladder": LADDER, "miniature": MINIATURE}
 
-TINY = "--hidden-size=64 --num-hidden-layers=1 --num-attention-heads=1 --intermediate-size=64"
-TINY += " --batch-size=4 --steps=2"
-# options of the stages; in miniature also articles of Wikipedia, at most, and words of a tokenizer
-SIZES = {"laptop": ("", 4000, 16_384), "gpu": ("--preset=gpu", 100_000, 16_384)}
-SIZES["tiny"] = (TINY, 100, 500)
 LONGER = "--trained-length=512 --document-tokens=512 --tokens-in-memory=131072"
-LONG = {  # in miniature, where texts are longer than those of the documentation
-    "mlm": "--seq-len=512 --batch-size=16 --steps=700",
-    "contrastive": f"{LONGER} --steps=200",
-    "finetune": f"{LONGER} --batch-size=256",
+LARGE = "--num-hidden-layers=4 --hidden-size=384 --num-attention-heads=6 --intermediate-size=1536"
+LARGE += " --micro-batch-tokens=65536 --compile"
+SMALL = "--hidden-size=64 --num-hidden-layers=1 --num-attention-heads=1 --intermediate-size=64"
+SMALL += " --batch-size=4 --steps=2"
+SIZES = {  # in miniature: options of each stage; its texts are longer than the documentation's
+    "laptop": {
+        "mlm": "--seq-len=512 --batch-size=16 --steps=700",
+        "contrastive": LONGER,
+        "finetune": f"{LONGER} --batch-size=256",
+    },
+    "gpu": {  # some minutes of an H100
+        "mlm": f"{LARGE} --seq-len=512 --batch-size=64 --steps=1500 --lr=1e-3",
+        "contrastive": f"{LONGER} {LARGE} --lr=5e-4 --separate-words=false",
+        "finetune": f"{LONGER} {LARGE} --batch-size=256 --lr=2e-4",
+    },
+    "tiny": dict.fromkeys(STAGES, SMALL),  # shows in a minute that everything runs
 }
+RATE = {"laptop": "3e-3", "gpu": "1e-3", "tiny": "3e-3"}  # of stage 2 from random weights
+ARTICLES, ARXIV = 5000, 50_000  # of Wikipedia and arXiv, at most
 TASKS = {"SciFact": "retrieval/scifact-train", "Amazon": "retrieval/questions-amazon"}
-TASKS |= {"STS": "sts/stsb-en-dev.csv.gz"}
+TASKS |= {"PolicyQA": "retrieval/policyqa", "STS": "sts/stsb-en-dev.csv.gz"}
 LONG_TASKS = {"QMSum": "retrieval/qmsum-trainval"}
 
 
 @dataclass
 class Options:
-    size: str = "laptop"  # laptop, gpu, or tiny, which shows in a minute that everything runs
+    size: str = "laptop"  # laptop, gpu (miniature only), or tiny
     data: str = "out/pydocs"  # the data folder of ladder
+    split: str = "test"  # of ladder: test, or dev while tuning
     out: str = ""  # for runs and results; empty: out/ and the name of the group
-    seeds: int = 1  # how often each row is run
+    seeds: str = "0"  # a run of each row for each of these, with commas
+    options: str = ""  # more options for every stage, such as "--micro-batch-tokens=65536"
     rows: str = ""  # only rows whose names begin so, with commas, and those that they start from
+
+
+FREE = ("out", "seeds", "rows", "options")  # that do not decide what a row is
+
+
+def slug(name):
+    """The name of a row as the name of a file."""
+    return re.sub(r"[^\w.]+", "-", name)
 
 
 def run_row(row, seed, group, options):
     """Trains or filters if the row says so, and evaluates. Returns {"scores": task -> values,
-    "minutes": of training}."""
+    "on": the machine, "minutes": of training}."""
 
     def directory(name):
-        return Path(options.out, str(seed), re.sub(r"[^\w.]+", "-", name)) if name else None
+        return Path(options.out, seed, slug(name)) if name else None
 
     out, start, result = directory(row.name), directory(row.start), {}
     data = directory(row.data) or (f"{options.out}/data" if group == "miniature" else options.data)
@@ -134,15 +168,17 @@ def run_row(row, seed, group, options):
             consistency.main([str(data), f"--judge={start}", f"--out={out}", *row.options.split()])
         counts = read_json(out / "meta.json")["filtered"].values()
         kept = sum(n["kept"] for n in counts) / sum(n["rows"] for n in counts)
-        return {"scores": {"pairs kept": [kept]}}
+        return {"on": device_name(best_device()), "scores": {"pairs kept": [kept]}}
     if row.stage:
-        arguments = LONG[row.stage].split() if group == "miniature" else []
-        arguments += [*SIZES[options.size][0].split(), *row.options.split(), "--eval-every=0"]
-        arguments += [f"--data={data}", f"--out={out}", f"--seed={seed}"]
+        sized = group == "miniature" or options.size == "tiny"
+        arguments = SIZES[options.size][row.stage].split() if sized else []
+        arguments += [*row.options.replace("RANDOM", RATE[options.size]).split(), "--eval-every=0"]
+        arguments += [f"--data={data}", f"--out={out}", f"--seed={seed}", *options.options.split()]
         arguments += [f"--init={start}"] if start else []
         STAGES[row.stage].main(arguments)
         log = [json.loads(line) for line in open(out / "log.jsonl")]
         result["minutes"] = sum(step["tokens"] / step["tokens_per_second"] for step in log) / 60
+    result["on"] = f"{device_name(best_device())}, torch {torch.__version__}"
     return {**result, "scores": evaluate(row, out if row.stage else start, group, options)}
 
 
@@ -153,7 +189,7 @@ def evaluate(row, checkpoint, group, options):
         tasks, split = LONG_TASKS if row.long else TASKS, "dev"
     else:
         folders = sorted(Path(options.data, "retrieval").glob("*/"))
-        tasks, split = {path.name: f"retrieval/{path.name}" for path in folders}, "test"
+        tasks, split = {path.name: f"retrieval/{path.name}" for path in folders}, options.split
     if checkpoint:
         model = NomicBert.from_pretrained(checkpoint, device=best_device())
         trained, dims = model.config.trained_length, min(row.dims, model.config.hidden_size) or None
@@ -164,9 +200,12 @@ def evaluate(row, checkpoint, group, options):
     for name, path in tasks.items():
         path = Path(options.data, path)
         if path.is_dir():
-            task = Retrieval(path, split)
-            ranking = task.rank(model, tokens, dims=dims) if checkpoint else task.rank_bm25()
-            scores[name] = task.scores(ranking)["nDCG@10"]
+            task, rankings = Retrieval(path, split), []
+            if checkpoint:
+                rankings.append(task.rank(model, tokens, dims=dims))
+            if row.with_bm25 or not checkpoint:
+                rankings.append(task.rank_bm25())
+            scores[name] = task.scores(fuse(rankings))["nDCG@10"]
         elif checkpoint:
             *sides, right = read_scored_pairs(path)
             prefixed = ([PREFIXES["classification"] + text for text in side] for side in sides)
@@ -189,7 +228,7 @@ def same_topic(rows):
 
 def make_data(sources, out, size):
     """Writes the data folder `out` of miniature from SOURCES."""
-    _, articles, vocabulary = SIZES[size]
+    articles, arxiv, vocabulary = (100, 100, 500) if size == "tiny" else (ARTICLES, ARXIV, 16_384)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as raw:
         raw, lines = Path(raw), read_lines(sources / "text/wikipedia.jsonl.gz")
@@ -202,6 +241,8 @@ def make_data(sources, out, size):
         write_jsonl(raw / "wikipedia.jsonl", openings)
         medquad = [json.loads(line) for _, line in read_lines(sources / "pairs/medquad.jsonl.gz")]
         write_jsonl(raw / "medquad-topics.jsonl", same_topic(medquad))
+        titles = itertools.islice(read_lines(sources / "pairs/arxiv.jsonl.gz"), arxiv)
+        write_jsonl(raw / "arxiv.jsonl", (json.loads(line) for _, line in titles))
         first, second, _ = read_scored_pairs(sources / TASKS["STS"])
         corpus = {str(i): sentence for i, sentence in enumerate(second)}
         queries = {"dev": [(sentence, [str(i)]) for i, sentence in enumerate(first)]}
@@ -211,8 +252,7 @@ def make_data(sources, out, size):
         held_out = ",".join(str(path) for path in (raw / "sts", *tasks) if path.suffix != ".gz")
         common = [f"--out={raw}/pairs", f"--held-out={held_out}", "--queries=100"]
         weak = [f"{sources}/pairs/{name}.jsonl.gz" for name in ("medquad", "stackexchange", "tldr")]
-        weak += [f"{sources}/pairs/arxiv.jsonl.gz:clustering"]
-        weak += [f"{raw}/wikipedia.jsonl:classification"]
+        weak += [f"{raw}/arxiv.jsonl:clustering", f"{raw}/wikipedia.jsonl:classification"]
         supervised = f"{raw}/medquad-topics.jsonl,{sources}/pairs/questions_wiki.jsonl.gz"
         common += [f"--text={raw}/text.jsonl", f"--vocab-size={vocabulary}"]
         pairs.main([*weak, f"--stage3={supervised}", *common])
@@ -244,12 +284,13 @@ def difference(runs, others, task):
 
 
 def report(group, options, results):
-    """Markdown: a table for all rows that are evaluated on the same tasks."""
-    machine, tables = f"{device_name(best_device())}, torch {torch.__version__}", {}
-    text = f"# {group}\n\nSize {options.size}; {machine}.\n"
+    """Markdown: a table for all rows that are evaluated on the same tasks. results: row -> seed ->
+    what run_row returned."""
+    machines = {run["on"] for runs in results.values() for run in runs.values()}
+    text, tables = f"# {group}\n\nSize {options.size}; {'; '.join(sorted(machines))}.\n", {}
     for row in (row for row in GROUPS[group] if row.name in results):
         runs, others = results[row.name], results.get(row.against, {})
-        tasks, line = tuple(runs["0"]["scores"]), [row.name]
+        tasks, line = tuple(next(iter(runs.values()))["scores"]), [row.name]
         for task in tasks:
             line += [cell(runs, task), difference(runs, others, task)]
         minutes = [run["minutes"] for run in runs.values() if "minutes" in run]
@@ -279,23 +320,22 @@ def main(arguments):
     for row in reversed(rows):  # and those that they depend on, which stand above them
         chosen |= {row.start, row.data} if row.name in chosen else set()
 
-    path = Path(options.out, "results.json")
-    settings = {"group": group, "size": options.size, "data": options.data}
-    results = read_json(path) if path.is_file() else {"settings": settings, "rows": {}}
-    if results["settings"] != settings:
-        raise InputError(f"{path} has results of {results['settings']}: choose another --out")
+    settings = {key: value for key, value in asdict(options).items() if key not in FREE}
+    if (before := keep(Path(options.out, "settings.json"), lambda: settings)) != settings:
+        raise InputError(f"{options.out} has results of {before}: choose another --out")
     if group == "ladder":
         pydocs.make_if_missing(options.data)
     elif not Path(options.out, "data").exists():
         make_data(Path(options.data), Path(options.out, "data"), options.size)
-    for seed, row in itertools.product(range(options.seeds), rows):
-        runs = results["rows"].get(row.name, {})
-        if row.name in chosen and str(seed) not in runs:
+    results = {}
+    for seed, row in itertools.product(options.seeds.split(","), rows):
+        if row.name in chosen:
             print(f"\n{row.name}, seed {seed}", flush=True)
-            results["rows"][row.name] = runs | {str(seed): run_row(row, seed, group, options)}
-            write_json(path, results)
-            write_text(Path(options.out, "report.md"), report(group, options, results["rows"]))
-    print("\n" + report(group, options, results["rows"]))
+            path = Path(options.out, "scores", f"{slug(row.name)}-{seed}.json")
+            run = keep(path, lambda row=row, seed=seed: run_row(row, seed, group, options))
+            results.setdefault(row.name, {})[seed] = run
+            write_text(Path(options.out, "report.md"), report(group, options, results))
+    print("\n" + report(group, options, results))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.device import device_name
+from common.files import read_json, write_json
 from data.store import Source
 from model import ModelConfig
 
@@ -33,6 +34,15 @@ def print_machine(device, *more):
 
 def count_parameters(model):
     return f"{sum(p.numel() for p in model.parameters()):,} parameters"
+
+
+def keep(path, work):
+    """What work() returns, kept in a JSON file: a bench that is started again goes on, and several
+    of them may share a folder."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, work())
+    return read_json(path)
 
 
 def split_options(options_class, arguments):

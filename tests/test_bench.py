@@ -118,35 +118,36 @@ def killed(tmp_path_factory):
                 text = [f"## {sentence(n, i)}\n\n{sentence(n, i, k, words=90)}" for k in range(3)]
                 (folder / "note.md").write_text("\n\n".join([f"# {sentence(n, i)}", *text]))
                 archive.add(folder / "note.md", f"{name}/{i}.md")
-    for name, words in (("scifact-train", 30), ("questions-amazon", 40), ("qmsum-trainval", 700)):
+    tasks = {"scifact-train": 30, "questions-amazon": 40, "policyqa": 30, "qmsum-trainval": 700}
+    for name, words in tasks.items():
         corpus = {f"d{i}": sentence(9, i, words=words) for i in range(20)}
         queries = [(text[:40], [name]) for name, text in corpus.items()]
         write_task(folder / "retrieval" / name, corpus, {"dev": queries}, ("", ""))
     out = folder / "out"
     arguments = ["miniature", str(folder), "--size=tiny", f"--out={out}"]
     command = [sys.executable, ROOT / "bench" / "experiments.py", *arguments]
-    process, results = subprocess.Popen(command, stderr=subprocess.PIPE), out / "results.json"
-    while not results.is_file() or len(read_json(results)["rows"]) < 6:
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while len(scores := list(out.glob("scores/*.json"))) < 6:
         assert process.poll() is None, process.communicate()[1][-2000:].decode()
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    done = read_json(results)["rows"]
-    runs = {path: path.stat().st_mtime_ns for path in out.glob("0/*/state.pt")}
+    before = {p: p.stat().st_mtime_ns for p in (*scores, *out.glob("0/*/state.pt"))}
     experiments.main(arguments)
-    return out, arguments, done, runs
+    return out, arguments, before
 
 
 def test_a_killed_table_continues_and_runs_no_row_twice(killed):
-    out, arguments, done, runs = killed
-    results, text = read_json(out / "results.json")["rows"], (out / "report.md").read_text()
-    assert list(results) == [row.name for row in experiments.MINIATURE]
-    assert all(f"| {word} |" in text for word in [*results, "SciFact", "Amazon", "STS", "QMSum"])
-    assert len(done) < len(results) and {name: results[name] for name in done} == done
-    assert 0 < results["the filter"]["0"]["scores"]["pairs kept"][0] < 1
-    again = [path.parent.name for path in runs if path.stat().st_mtime_ns != runs[path]]
-    assert len(runs) >= 4 and len(again) <= 1, "one that was not at its end may have continued"
-    with pytest.raises(InputError, match="results.json has results of .* choose another --out"):
+    out, arguments, before = killed
+    rows, text = experiments.MINIATURE, (out / "report.md").read_text()
+    names = [row.name for row in rows]
+    assert all(f"| {word} |" in text for word in [*names, "SciFact", "Amazon", "STS", "QMSum"])
+    assert len(list(out.glob("scores/*.json"))) == len(rows)
+    kept = read_json(out / "scores/the-filter-0.json")["scores"]["pairs kept"]
+    assert 0 < kept[0] < 1
+    again = [path for path in before if path.stat().st_mtime_ns != before[path]]
+    assert len(before) >= 9 and len(again) <= 1, "one that was not at its end may have continued"
+    with pytest.raises(InputError, match="has results of .* choose another --out"):
         experiments.main([*arguments, "--size=laptop"])
 
 
@@ -160,14 +161,15 @@ def test_the_curve_of_pairs_has_a_line_for_each_start_and_continues(data, tmp_pa
     options = [f"--data={data}", f"--out={tmp_path}/out", "--sizes=30", "--mlm-steps=8"]
     options += ["--rates=1e-3", "--seeds=1", "--layers=1", "--hidden-size=64"]
     curve.main(options)
-    runs = read_json(tmp_path / "out/results.json")["runs"]
-    assert [run[:4] for run in runs] == [["random weights", 30, "1e-3", 0], ["8", 30, "1e-3", 0]]
+    scores = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/scores").iterdir()}
+    assert {p.name for p in scores} == {"random-weights-30-1e-3-0.json", "8-30-1e-3-0.json"}
     sources = open_sources(tmp_path / "out/pairs-30-0/stage2", load_tokenizer(data))
     assert abs(sum(map(len, sources)) - 30) <= 4 and (tmp_path / "out/curve.png").is_file()
     capsys.readouterr()
     curve.main(options)
     shown = capsys.readouterr().out
-    assert "seed" not in shown and "| 30 |" in shown and "summary-code" in shown
+    assert "| 30 |" in shown and "summary-code" in shown
+    assert scores == {p: p.stat().st_mtime_ns for p in scores}, "no point is computed twice"
 
 
 def test_each_line_of_the_curve_has_the_rate_that_is_best_on_dev_in_the_first_seed():
@@ -186,7 +188,7 @@ def test_each_line_of_the_curve_has_the_rate_that_is_best_on_dev_in_the_first_se
 REFUSED = {
     "": "give ladder, or miniature SOURCES",
     "miniature nowhere": "wikipedia.jsonl.gz cannot be read",
-    "ladder --rows=before": "--rows=before: the rows are after stage 1",
+    "ladder --rows=before": "--rows=before: the rows are BM25, random weights",
     "ladder --size=huge": "--size=huge: give laptop, gpu, tiny",
 }
 
