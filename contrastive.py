@@ -29,9 +29,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common import distributed
-from common.checkpoint import find_checkpoint
 from common.device import choose_dtype, move_to_device
-from common.files import load_tokenizer, read_json
+from common.files import load_tokenizer
 from common.options import InputError, cli, inherit, read_options
 from common.run import Run, adamw, set_lr
 from data import pydocs, store
@@ -44,7 +43,6 @@ class Config:
     preset: str = "laptop"  # a named set of values: laptop, gpu or paper
     data: str = "out/pydocs"  # a data folder; the default one is made where it is missing
     init: str = ""  # a checkpoint to start from, such as out/mlm; empty: random weights
-    separate_words: bool = True  # after a short stage 1: gives each word a direction of its own
     out: str = "out/contrastive"  # for the checkpoint and the log
     resume: bool = False  # insist on continuing the run in OUT (the same command does it anyway)
     seed: int = 0  # decides the first weights and the order of the data [0, 1e18]
@@ -66,7 +64,7 @@ class Config:
     tokens_in_memory: int = 65_536  # larger batches, in each process, use GradCache [0, 1e9]
 
     steps: int = 200  # optimizer steps
-    lr: float = 2e-3  # peak of the learning rate; from random weights 3e-3 is better [0, 1000]
+    lr: float = 1e-3  # peak of the learning rate; from random weights 3e-3 is better [0, 1000]
     warmup: int = 20  # steps in which the rate rises [0, 1e9]
     decay: str = "linear"  # of the rate after that: linear, to 0 at the end, or sqrt, as the paper
     weight_decay: float = 0.01  # of matrices; norms have none [0, 1]
@@ -82,7 +80,6 @@ PRESETS = {
     "gpu": {
         **SHAPES["gpu"],
         "trained_length": 512,
-        "separate_words": False,
         "batch_size": 2048,
         "query_tokens": 64,
         "document_tokens": 256,
@@ -98,7 +95,6 @@ PRESETS = {
     "paper": {  # sec. 4.2.3 where nothing else is said
         **SHAPES["paper"],
         "trained_length": 2048,
-        "separate_words": False,
         "batch_size": 16_384,
         "query_tokens": 2048,  # the later reader truncates queries to 32 and
         "document_tokens": 2048,  # documents to 256 tokens [code]
@@ -278,26 +274,6 @@ def first_model(run, config, origin, device):
     return model
 
 
-def is_stage_1(checkpoint):
-    """Whether a checkpoint has a head for masked tokens."""
-    names = read_json(find_checkpoint(checkpoint) / "config.json").get("architectures")
-    return names == ["NomicBertForMaskedLM"]
-
-
-@torch.no_grad()
-def separate_words(model, seed):
-    """Centres the word embeddings, and adds to each a random vector of equal size.
-
-    Masked language modelling makes words alike that stand in like places, the rare ones most of
-    all, and a text is found by its rare words. The paper, whose stage 1 is long, does without. What
-    it gains after minutes has not been measured apart from the rate (docs/results.md)."""
-    words = model.embeddings.word_embeddings.weight  # (V, C)
-    centred = words - words.mean(0)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(words.shape, generator=generator).to(words.device) * centred.std()
-    words.copy_((centred + noise) / 2**0.5)
-
-
 # ------------------------------------------------------------------------------------------------
 
 
@@ -312,8 +288,6 @@ def main(arguments):
         return
 
     model = first_model(run, config, origin, device)
-    if config.separate_words and config.init and is_stage_1(config.init):
-        separate_words(model, config.seed)
     sources = store.open_sources(f"{config.data}/stage2", model.tokenizer)
     pairs = store.PairBatches(sources, config.batch_size, config.seed)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)

@@ -166,7 +166,9 @@ def bm25(documents, split_identifiers=False, k=100):
     index.index(known, show_progress=False)
 
     def rank(queries):
-        found = index.retrieve(words(queries), k=k, show_progress=False)
+        # not with jax, which would take most of a GPU's memory where it is installed
+        quiet = {"show_progress": False, "backend_selection": "numpy"}
+        found = index.retrieve(words(queries), k=k, **quiet)
         return np.where(found.scores > 0, found.documents, -1)
 
     return rank

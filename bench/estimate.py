@@ -27,7 +27,7 @@ from common.files import load_tokenizer
 from common.options import InputError, cli, read_options, split_words
 from data.store import open_sources
 
-SHARE = 0.4  # of the peak of the data sheet: what good training code reaches
+SHARE = 0.4  # of the data sheet's peak; an H100 reached .45 in stage 1, .38 in 2 (docs/speed.md)
 PAIRS, BLOCK = 470_000_000, 1_000_000  # to filter; compared with one another (sec. 4.2.1)
 LAYERS, SIZE, WEIGHTS = 12, 768, 85e6  # of the judge, gte-base: weights of its layers, of 110 M
 

@@ -123,7 +123,7 @@ SIZES = {  # in miniature: options of each stage; its texts are longer than the 
     },
     "gpu": {  # some minutes of an H100
         "mlm": f"{LARGE} --seq-len=512 --batch-size=64 --steps=1500 --lr=1e-3",
-        "contrastive": f"{LONGER} {LARGE} --lr=5e-4 --separate-words=false",
+        "contrastive": f"{LONGER} {LARGE} --lr=5e-4",
         "finetune": f"{LONGER} {LARGE} --batch-size=256 --lr=2e-4",
     },
     "tiny": dict.fromkeys(STAGES, SMALL),  # shows in a minute that everything runs

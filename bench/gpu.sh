@@ -48,9 +48,9 @@ run "Stages 1 and 2, 6 layers of 512" "" "$small" \
     bench/stages.py --stages=mlm,contrastive --preset=gpu "--data=$DATA"
 run "The same, not compiled" "--compile=false" "$small" \
     bench/stages.py --stages=mlm,contrastive --preset=gpu "--data=$DATA"
-run "encode" "--texts=2000" "--texts=4 --layers=1 --hidden-size=64 --rounds=1" \
+run "encode" "--texts=500" "--texts=4 --layers=1 --hidden-size=64 --rounds=1" \
     bench/encode.py "--data=$DATA"
-run "Training steps" "--preset=paper --texts=512 --tries=32,128 --compile" \
+run "Training steps" "--preset=paper --texts=512 --tries=8,32 --compile" \
     "--texts=8 --tries=8 --rounds=1" bench/train.py "--data=$DATA"
 run "Memory of a contrastive step" "--preset=paper --batches=1024,16384 --longest=1024" \
     "--batches=8 --source=halves" bench/memory.py "--data=$DATA"

@@ -20,7 +20,6 @@ from contrastive import (
     info_nce,
     info_nce_in_blocks,
     learning_rate,
-    separate_words,
 )
 from data.store import text_keys
 from model import NomicBert, NomicBertForMaskedLM
@@ -149,28 +148,11 @@ def test_the_learning_rate_falls_linearly_to_zero_in_a_run_of_minutes():
     assert rates[60] == pytest.approx(0.5) and rates[-1] == pytest.approx(0.01)
 
 
-def test_separated_words_are_centred_and_keep_half_of_what_they_were():
-    model, trained = tiny_model(), tiny_model()
-    for m in (model, trained):
-        m.embeddings.word_embeddings.weight.data += 1  # what all words have in common
-    separate_words(model, seed=0)
-    words, before = (m.embeddings.word_embeddings.weight for m in (model, trained))
-    centred = before - before.mean(0)
-    assert words.std().item() == pytest.approx(centred.std().item(), rel=0.02)
-    alike = F.cosine_similarity(words, centred, dim=1)
-    assert alike.mean().item() == pytest.approx(0.5**0.5, abs=0.03)
-    others = {n: p for n, p in model.named_parameters() if "word_embeddings" not in n}
-    assert all(torch.equal(p, trained.get_parameter(n)) for n, p in others.items())
-
-
-@pytest.mark.parametrize(("stage", "separated"), [("mlm", True), ("contrastive", False)])
-def test_words_are_separated_after_stage_1_alone(stage, separated, data, tmp_path):
-    cls = NomicBertForMaskedLM if stage == "mlm" else NomicBert
-    trained = tiny_model(load_tokenizer(data), cls)
-    trained.save_pretrained(tmp_path / "init")
-    shape = [f"--data={data}", f"--init={tmp_path}/init", f"--out={tmp_path}/out", "--lr=0"]
-    contrastive.main([*shape, "--steps=1", "--batch-size=4", "--eval-every=0"])
-    model = NomicBert.from_pretrained(tmp_path / "out")
-    before = NomicBert.from_pretrained(tmp_path / "init")
-    words = [m.embeddings.word_embeddings.weight for m in (model, before)]
-    assert torch.equal(*words) != separated
+@pytest.mark.parametrize("cls", [NomicBertForMaskedLM, NomicBert])
+def test_a_run_starts_from_all_the_weights_of_the_checkpoint(cls, data, tmp_path):
+    tiny_model(load_tokenizer(data), cls).save_pretrained(tmp_path / "init")
+    given = [f"--data={data}", f"--init={tmp_path}/init", f"--out={tmp_path}/out", "--lr=0"]
+    contrastive.main([*given, "--steps=1", "--batch-size=4", "--eval-every=0"])
+    models = (NomicBert.from_pretrained(tmp_path / name) for name in ("init", "out"))
+    before, after = (dict(model.named_parameters()) for model in models)
+    assert all(torch.equal(before[name], after[name]) for name in before | after)
