@@ -34,7 +34,13 @@ import torch
 from common.card import TITLES, write_card
 from common.checkpoint import find_checkpoint
 from common.device import best_device
-from common.files import fingerprint, read_json, read_json_lines, write_json, write_whole
+from common.files import (
+    fingerprint,
+    read_json,
+    read_json_lines,
+    write_arrays,
+    write_json,
+)
 from common.options import InputError, cli, read_options, split_words
 from data.store import Sequences, Source
 from data.tasks import PREFIXES, read_scored_pairs, read_task, splits_of
@@ -518,7 +524,7 @@ def index(model, directory, corpus, rows, max_tokens):
     embeddings = model.encode([PREFIXES["document"] + row["text"] for row in rows], max_tokens)
     embeddings = embeddings.astype(np.float16)
     with contextlib.suppress(InputError):  # a read-only checkpoint is searched without a cache
-        write_whole(cache, lambda p: np.savez(open(p, "wb"), key=key, embeddings=embeddings))
+        write_arrays(cache, {"key": key, "embeddings": embeddings})
     return embeddings.astype(np.float32)
 
 

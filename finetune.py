@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from common import distributed
 from common.device import move_to_device
-from common.files import write_whole
+from common.files import write_arrays
 from common.options import InputError, cli, read_options
 from common.run import Run, adamw, set_lr
 from contrastive import backward_batch, embed, first_model, gather, info_nce_in_blocks
@@ -260,8 +260,7 @@ def mine(model, sources, config, run):
             )
         mined = {source.name: mine_source(model, source, config) for source in without}
         if distributed.is_first():
-            arrays = {**mined, "settings": settings}
-            write_whole(path, lambda temporary: np.savez(open(temporary, "wb"), **arrays))
+            write_arrays(path, {**mined, "settings": settings})
     distributed.wait_for_all()
     return mined
 

@@ -8,6 +8,7 @@ import os
 import zlib
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from common.options import InputError
@@ -29,6 +30,16 @@ def write_whole(path, write):
             temporary.unlink()
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write {path}: {reason}; the file before is untouched") from None
+
+
+def write_arrays(path, arrays):
+    """np.savez as a whole. arrays: name -> array."""
+
+    def save(temporary):
+        with open(temporary, "wb") as file:  # closed here: a full disk may show only then
+            np.savez(file, **arrays)
+
+    write_whole(path, save)
 
 
 def write_text(path, text):

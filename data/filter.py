@@ -10,6 +10,7 @@ its query, among up to a million documents of the same source. So
 
     python data/filter.py out/pydocs --judge=out/contrastive                  # all of stage 2
     python data/filter.py out/pydocs --sources=name-code --out=out/cleaner    # one source
+    torchrun --nproc-per-node=8 data/filter.py DATA --judge=st:thenlper/gte-base   # the paper's one
     python contrastive.py --data=out/pydocs-filtered --init=out/mlm           # trains on the result
 
 The rank decides, not the cosine: the paper gave up a threshold. The paper's first judge, smaller,
@@ -17,11 +18,16 @@ removed good pairs whose two sides share few words. So some of the removed pairs
 documents count as one: otherwise a document of ten rows would push itself out of the first two.
 
 The judge reads the text of pairs.jsonl, because its tokenizer may be another than that of the data.
-In memory are the embeddings of one block: three arrays of a million by C float32, 9 GB at C = 768.
-A smaller --block needs less, and removes less.
+st:NAME is any model that sentence-transformers opens. It gets the texts without prefixes.
+
+Processes share the texts to embed and the queries to compare; their number does not change the
+result. Each judged block stays in OUT-blocks until OUT is written, so that the same command goes on
+after an interruption. Each process has the embeddings of one block in memory, two arrays of a
+million by C float32: 6 GB at C = 768. A smaller --block needs less, and removes less.
 """
 
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -30,31 +36,31 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import distributed
 from common.checkpoint import find_checkpoint
-from common.device import best_device
 from common.files import (
     fingerprint,
     load_tokenizer,
     read_json,
     read_json_lines,
+    write_arrays,
     write_json,
     write_whole,
 )
 from common.options import InputError, cli, read_options, split_words
-from data.prepare import data_folder, write_source
+from data.prepare import data_folder, is_made, write_source
 from data.store import Source
 from evaluate import distinct, top_k
 from model import NomicBert
 
-BATCH = 10_000  # texts that are embedded at a time
-
 
 @dataclass
 class Options:
-    judge: str = "out/contrastive"  # a checkpoint directory, or a name on the hub
+    judge: str = "out/contrastive"  # a checkpoint directory, a name on the hub, or st:NAME
     out: str = ""  # the data folder to write; default: the one that is read, with -filtered behind
     sources: str = ""  # sources of stage 2 to filter, separated by commas; default: all
     top: int = 2  # a pair stays if its document is among this many nearest to its query [code]
@@ -73,39 +79,53 @@ def is_consistent(query, document, right, top=2, device="cpu"):
     query (n, E), document (m, E), right (n,): the number of each query's document -> bool (n,), and
     the nearest documents (n, top), best first. A document as near as the last of these counts."""
     scores, nearest = top_k(query, document, top, device=device)
-    kept = (nearest == right[:, None]).any(1)
-    for start in range(0, len(query), BATCH):
-        rows = slice(start, start + BATCH)
-        own = np.einsum("ne,ne->n", query[rows], document[right[rows]])
-        kept[rows] |= own >= scores[rows, -1]
-    return kept, nearest
+    own = np.einsum("ne,ne->n", query, document[right])
+    return (nearest == right[:, None]).any(1) | (own >= scores[:, -1]), nearest
 
 
-def judge_source(model, path, rows, prefixes, options):
+def judge_block(encode, pairs, prefixes, top, device):
+    """Judges pairs among themselves, in all processes. Returns int64 (n, 2): 1 if a pair stays, and
+    the row of the document that is nearest to its query."""
+    first, right = distinct(pair["document"].encode() for pair in pairs)
+    queries = [prefixes["query"] + pair["query"] for pair in pairs]
+    documents = [prefixes["document"] + pairs[i]["document"] for i in first]
+    width = encode([""]).shape[1]
+
+    def embeddings(texts):  # (n, E)
+        def share(rows):
+            return encode([texts[i] for i in rows])
+
+        return distributed.compute_in_shares(share, (len(texts), width), torch.float32).numpy()
+
+    query, document = embeddings(queries), embeddings(documents)
+
+    def verdicts(rows):
+        rows = slice(rows.start, rows.stop)
+        kept, nearest = is_consistent(query[rows], document, right[rows], top, device)
+        return np.stack((kept, first[nearest[:, 0]]), axis=1)
+
+    return distributed.compute_in_shares(verdicts, (len(pairs), 2), torch.int64).numpy()
+
+
+def judge_source(encode, path, rows, prefixes, options, done, device):
     """Judges the pairs of a pairs.jsonl in blocks of equal size: in a small last one, all would
-    pass. Returns bool (rows,), and for each row the row of the document nearest to its query."""
-    kept, nearest = np.zeros(rows, bool), np.zeros(rows, np.int64)
-    blocks = -(-rows // options.block)
+    pass. done: a folder, where each block's verdicts stay. Returns bool (rows,), and for each row
+    the row of the document nearest to its query."""
+    blocks, verdicts = -(-rows // options.block), []
     ends = [rows * i // blocks for i in range(blocks + 1)]
     pairs = read_pairs(path, rows)
-    with tqdm(total=rows, desc=path.parent.name, disable=None, leave=False) as bar:
-        for begin, end in itertools.pairwise(ends):
-            embeddings = {side: [] for side in ("query", "document")}
-            texts = []
-            for start in range(begin, end, BATCH):
-                part = list(itertools.islice(pairs, min(BATCH, end - start)))
-                for side, found in embeddings.items():
-                    prefixed = [prefixes[side] + pair[side] for pair in part]
-                    found.append(model.encode(prefixed, options.max_tokens))
-                texts += [pair["document"].encode() for pair in part]
-                bar.update(len(part))
-            query, document = map(np.concatenate, embeddings.values())
-            first, right = distinct(texts)
-            kept[begin:end], found = is_consistent(
-                query, document[first], right, options.top, model.device
-            )
-            nearest[begin:end] = begin + first[found[:, 0]]
-    return kept, nearest
+    for begin, end in tqdm(list(itertools.pairwise(ends)), path.parent.name, disable=None):
+        # the last block takes all that is left, so that a file that is too long is noticed
+        block = list(itertools.islice(pairs, end - begin if end < rows else None))
+        file = Path(done, f"{path.parent.name}-{begin}-{end}.npz")
+        if not distributed.call_everywhere(file.is_file):
+            found = judge_block(encode, block, prefixes, options.top, device)
+            if distributed.is_first():
+                write_arrays(file, {"found": found})
+            distributed.wait_for_all()
+        verdicts.append(np.load(file)["found"] + [0, begin])
+    kept, nearest = np.concatenate(verdicts).T
+    return kept.astype(bool), nearest
 
 
 # ------------------------------------------------------------------------------------------------
@@ -158,27 +178,37 @@ def show_removed(path, kept, nearest, count):
         print(f"      found first: {' '.join(pairs[nearest[row]]['document'].split())[:80]}")
 
 
-def filter_folder(data, out, names, model, options):
-    """Writes the data folder `out`: `data` with some sources of stage 2 filtered."""
+def open_judge(options, device):
+    """A function: texts -> embeddings (n, E) float32 at unit length."""
+    if options.judge.startswith("st:"):
+        try:
+            from sentence_transformers import SentenceTransformer
+
+            judge = SentenceTransformer(options.judge[3:], device=str(device))
+        except Exception as error:  # of many types: not installed, no network, no such model
+            reason = str(error).split("\n")[0]
+            raise InputError(f"--judge={options.judge} does not open: {reason}") from None
+        judge.max_seq_length = options.max_tokens or judge.max_seq_length
+        return lambda texts: judge.encode(texts, normalize_embeddings=True)
+    model = NomicBert.from_pretrained(options.judge, device=device)
+    return lambda texts: model.encode(texts, options.max_tokens or model.config.trained_length)
+
+
+def write_filtered(data, out, judged, inputs, options):
+    """Writes the data folder `out`: `data` with the pairs of some sources of stage 2 that stay.
+    judged: name -> (kept, nearest)."""
     tokenizer, meta = load_tokenizer(data), read_json(data / "meta.json")
-    weights = fingerprint(find_checkpoint(options.judge) / "model.safetensors")
-    how = {**asdict(options), "weights": weights}
-    meta |= {"made_by": "nanoembed", "script": "data/filter.py", "filtered": {}}
-    meta["inputs"] = {**meta.get("inputs", {}), "filtered": how}
+    meta |= {"made_by": "nanoembed", "script": "data/filter.py", "inputs": inputs, "filtered": {}}
     with data_folder(out) as folder:
-        copy_data(data, folder, {str(data): ["meta.json"], str(data / "stage2"): names})
-        for name in names:
-            old, began = data / "stage2" / name, time.perf_counter()
-            source = Source(old, tokenizer)
-            path, prefixes = old / "pairs.jsonl", source.meta["prefixes"]
-            kept, nearest = judge_source(model, path, len(source), prefixes, options)
-            count, rate = int(kept.sum()), len(kept) / (time.perf_counter() - began)
-            share = f"{count:,} of {len(kept):,} pairs ({count / len(kept):.1%})"
-            print(f"{name}: kept {share}, {rate:,.0f} pairs/s")
-            show_removed(path, kept, nearest, options.show)
+        copy_data(data, folder, {str(data): ["meta.json"], str(data / "stage2"): [*judged]})
+        for name, (kept, nearest) in judged.items():
+            old, count = data / "stage2" / name, int(kept.sum())
+            print(f"{name}: kept {count:,} of {len(kept):,} pairs ({count / len(kept):.1%})")
+            show_removed(old / "pairs.jsonl", kept, nearest, options.show)
             meta["filtered"][name] = {"rows": len(kept), "kept": count}
             meta.setdefault("rows", {})[f"stage2/{name}"] = count
             if count:
+                prefixes = Source(old, tokenizer).meta["prefixes"]
                 new = folder / "stage2" / name
                 write_source(new, {}, prefixes, tokenizer, stored=[old], keep=kept)
         if not any(folder.glob("stage2/*/meta.json")):
@@ -190,22 +220,43 @@ def filter_folder(data, out, names, model, options):
 def main(arguments):
     folders, arguments = split_words(arguments)
     options, _ = read_options(Options, arguments)
+    _, _, device = distributed.start(0)
     if len(folders) != 1:
         raise InputError("give one data folder: python data/filter.py out/pydocs --judge=DIR")
     data, wanted = Path(folders[0]), [name for name in options.sources.split(",") if name]
     out = Path(options.out or f"{data}-filtered")
     if options.top >= options.block:
         raise InputError(f"--top={options.top}: in blocks of {options.block} pairs, all would stay")
-    load_tokenizer(data)
+    tokenizer = load_tokenizer(data)
     names = [path.parent.name for path in sorted(data.glob("stage2/*/meta.json"))]
     if unknown := set(wanted) - set(names):
         known = ", ".join(names) or "none"
         raise InputError(f"--sources={min(unknown)}: {data}/stage2 has the sources {known}")
-    if out.exists():
-        raise InputError(f"{out} is there already: choose another --out, or remove it")
-    model = NomicBert.from_pretrained(options.judge, device=best_device())
-    options.max_tokens = options.max_tokens or model.config.trained_length
-    filter_folder(data, out, wanted or names, model, options)
+    how = {key: value for key, value in asdict(options).items() if key not in ("out", "show")}
+    how["data"] = fingerprint(data / "meta.json")
+    if not options.judge.startswith("st:"):
+        how["weights"] = fingerprint(find_checkpoint(options.judge) / "model.safetensors")
+    inputs = {**read_json(data / "meta.json").get("inputs", {}), "filtered": how}
+    if distributed.call_everywhere(lambda: is_made(out, inputs)):
+        return
+    encode = distributed.call_everywhere(lambda: open_judge(options, device))
+    # the blocks of other settings, judge or data are others
+    done = out.with_name(f"{out.name}-blocks") / fingerprint(json.dumps(how).encode())
+    judged = {}
+    for name in wanted or names:
+        source, began = Source(data / "stage2" / name, tokenizer), time.perf_counter()
+        path, prefixes = data / "stage2" / name / "pairs.jsonl", source.meta["prefixes"]
+        if options.judge.startswith("st:"):
+            prefixes = dict.fromkeys(prefixes, "")
+        judged[name] = judge_source(encode, path, len(source), prefixes, options, done, device)
+        seconds = time.perf_counter() - began
+        distributed.print_once(f"{name}: {len(source) / seconds:,.0f} pairs/s")
+    first = distributed.is_first()
+    distributed.call_everywhere(
+        lambda: first and write_filtered(data, out, judged, inputs, options)
+    )
+    if first:
+        shutil.rmtree(done.parent)
 
 
 if __name__ == "__main__":

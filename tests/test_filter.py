@@ -3,9 +3,12 @@
 import json
 import os
 import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tiny import tiny_model, unit_rows
 
 from common.files import fingerprint, load_tokenizer
@@ -107,7 +110,17 @@ def test_pairs_are_compared_within_blocks_of_equal_size(folder, judge):
     model, path = NomicBert.from_pretrained(judge), folder / "stage2" / "other" / "pairs.jsonl"
     options = filtering.Options(block=12, max_tokens=128)
     prefixes = {"query": "a: ", "document": "b: "}
-    kept, nearest = filtering.judge_source(model, path, 30, prefixes, options)
+    done = folder / "blocks"
+
+    def encode(texts):
+        return model.encode(texts, 128)
+
+    kept, nearest = filtering.judge_source(encode, path, 30, prefixes, options, done, "cpu")
+    assert sorted(p.name for p in done.iterdir()) == [
+        "other-0-10.npz",
+        "other-10-20.npz",
+        "other-20-30.npz",
+    ]
     pairs = [json.loads(line) for line in lines(path)]
     for begin, end in ((0, 10), (10, 20), (20, 30)):
         query, document = (
@@ -192,10 +205,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(options, message, folder, judg
     assert [path.name for path in folder.parent.iterdir()] == ["data"]
 
 
-def test_a_folder_that_is_there_is_not_overwritten(folder, judge, tmp_path):
+def test_a_folder_that_is_there_is_not_overwritten(folder, judge, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="mine is there already: choose another --out"):
+    (tmp_path / "mine" / "note.md").write_text("mine")
+    with pytest.raises(InputError, match="mine is there and is no data folder"):
         run(folder, judge, f"--out={tmp_path / 'mine'}")
+    out = run(folder, judge)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    run(folder, judge)
+    assert "made from the same inputs: nothing to do" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    with pytest.raises(InputError, match="was made from other inputs .filtered."):
+        run(folder, judge, "--top=1")
     with pytest.raises(InputError, match="mine is neither a data folder nor a checkpoint"):
         run(tmp_path / "mine", judge)
 
@@ -225,4 +246,58 @@ def test_a_full_disk_is_named_and_leaves_nothing(folder, judge):
             run(folder, judge)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in folder.parent.iterdir()] == ["data"]
+    left = [p for p in folder.parent.rglob("*") if p.is_file() and folder not in p.parents]
+    assert left == []
+
+
+# ------------------------------------------------------------------------------------------------
+# Interruptions, processes, other judges
+
+
+def test_an_interrupted_filter_goes_on_behind_the_last_judged_block(folder, judge, monkeypatch):
+    expected = lines(run(folder, judge, "--block=50") / "stage2/mixed/pairs.jsonl")
+    blocks, judge_block = [], filtering.judge_block
+
+    def judge_twice(encode, pairs, *rest):
+        blocks.append(len(pairs))
+        if len(blocks) == 3:
+            raise KeyboardInterrupt
+        return judge_block(encode, pairs, *rest)
+
+    monkeypatch.setattr(filtering, "judge_block", judge_twice)
+    out = folder.parent / "again"
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, judge, "--block=50", f"--out={out}")
+    run(folder, judge, "--block=50", f"--out={out}")
+    assert lines(out / "stage2/mixed/pairs.jsonl") == expected
+    assert blocks == [46, 47, 47, 47, 30], "140 and 30 rows; the third block was interrupted"
+    assert not list(folder.parent.glob("*-blocks"))
+
+
+def test_several_processes_keep_the_same_pairs(folder, judge):
+    alone, script = run(folder, judge), ROOT / "data" / "filter.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    out = folder.parent / "two"
+    command = [*launch, script, folder, f"--judge={judge}", f"--out={out}"]
+    subprocess.run(
+        command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    found = [{p.parent.name: lines(p) for p in d.glob("stage2/*/pairs.jsonl")} for d in (alone, out)]
+    assert found[0] == found[1] and len(found[0]["mixed"]) >= 95
+
+
+def test_any_model_of_sentence_transformers_may_judge(folder, judge):
+    """Ours opens there; with prefixes of its own it is another judge, so the data has none."""
+    pairs = [json.loads(line) for line in lines(folder / "stage2/mixed/pairs.jsonl")]
+    pairs = [(pair["query"], pair["document"]) for pair in pairs]
+    columns = dict(zip(("query", "document"), zip(*pairs, strict=True), strict=True))
+    tokenizer, name = load_tokenizer(folder), folder / "stage2" / "plain"
+    prepare.write_source(name, columns, dict.fromkeys(columns, ""), tokenizer)
+    found = [
+        lines(run(folder, f"{kind}{judge}", "--sources=plain", f"--out={folder}-{i}")
+              .with_name(f"data-{i}") / "stage2/plain/pairs.jsonl")
+        for i, kind in enumerate(("", "st:"))
+    ]  # fmt: skip
+    assert found[0] == found[1] and len(found[0]) >= 95
+    with pytest.raises(InputError, match="--judge=st:nowhere/at-all does not open"):
+        run(folder, "st:nowhere/at-all", f"--out={folder}-2")
