@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import contrastive
 import mlm
-from bench import curve, estimate, experiments, languages, long
+from bench import curve, estimate, experiments, glue, languages, long
 from common.files import load_tokenizer, read_json, write_json
 from common.options import InputError
 from data.prepare import write_source
@@ -273,3 +273,35 @@ def test_messages_are_asked_for_in_another_language(data, data_tokenizer, tmp_pa
     (tmp_path / "some/locale/fr/LC_MESSAGES/django.po").write_text("nonsense\n")
     with pytest.raises(InputError, match="django.po is not a catalogue"):
         languages.main(given)
+
+
+def test_glue_is_read_in_the_form_of_the_hub_and_learned(tokenizer, tmp_path, capsys):
+    """Files as nyu-mll/glue has them, with rules that a linear layer can find."""
+    datasets, rng = pytest.importorskip("datasets"), np.random.default_rng(0)
+    tiny_model(tokenizer).save_pretrained(tmp_path / "model")
+    for task, (columns, classes, _) in glue.TASKS.items():
+        for split, n in (("train", 96), ("validation", 48)):
+            labels = rng.integers(classes if classes > 1 else 5, size=n)
+            words = ("red", "blue", "gold", "pink", "grey")
+            rows = {column: [f"so {words[i]} it is" for i in labels] for column in columns}
+            rows |= {"label": labels if classes > 1 else labels.astype(float), "idx": range(n)}
+            split += "_matched" * ((task, split) == ("mnli", "validation"))
+            path = tmp_path / "glue" / task / f"{split}-00000-of-00001.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            datasets.Dataset.from_dict(rows).to_parquet(str(path))
+    given = [f"--model={tmp_path}/model", f"--data={tmp_path}/glue", "--seeds=1", "--epochs=10"]
+    glue.main([*given, "--lr=3e-3", "--tasks=mnli,cola,sst2,stsb,rte"])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[0] for line in lines] == [
+        "| mnli",
+        "| cola",
+        "| sst2",
+        "| stsb",
+        "| rte",
+        "| mean",
+    ]
+    assert all(float(line[1]) > 0.9 for line in lines), lines
+    with pytest.raises(InputError, match="no train of qqp"):
+        glue.main([f"--model={tmp_path}/model", f"--data={tmp_path}", "--tasks=qqp"])
+    with pytest.raises(InputError, match="--tasks=glee: give some of mnli"):
+        glue.main(["--tasks=glee"])

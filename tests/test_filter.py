@@ -282,8 +282,11 @@ def test_several_processes_keep_the_same_pairs(folder, judge):
     subprocess.run(
         command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    found = [{p.parent.name: lines(p) for p in d.glob("stage2/*/pairs.jsonl")} for d in (alone, out)]
-    assert found[0] == found[1] and len(found[0]["mixed"]) >= 95
+    kept, expected = (
+        {path.parent.name: lines(path) for path in data.glob("stage2/*/pairs.jsonl")}
+        for data in (out, alone)
+    )
+    assert kept == expected and len(kept["mixed"]) >= 95
 
 
 def test_any_model_of_sentence_transformers_may_judge(folder, judge):
