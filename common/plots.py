@@ -75,7 +75,8 @@ def draw_curves(logs):
             color = BLUE if len(sources) == 1 else None
             axis.plot([r["step"] for r in own], [r["loss"] for r in own], color=color, label=source)
         if len(sources) > 1:
-            axis.legend(fontsize=6, loc="upper right", title="source of the batch")
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncol": 3}
+            axis.legend(fontsize=6, title="source of the batch", **place)
         axis.set(title=TITLES[stage], xlabel="training step", ylim=(0, None))
         axis.set_ylabel("training loss", color=BLUE)
         metric = "dev_accuracy" if stage == "mlm" else "dev_ndcg"

@@ -159,7 +159,7 @@ def test_what_is_evaluated_is_never_trained_on(killed):
 
 def test_the_curve_of_pairs_has_a_line_for_each_start_and_continues(data, tmp_path, capsys):
     options = [f"--data={data}", f"--out={tmp_path}/out", "--sizes=30", "--mlm-steps=8"]
-    options += ["--rates=1e-3", "--seeds=1", "--layers=1", "--hidden-size=64"]
+    options += ["--rates=1e-3", "--seeds=0", "--layers=1", "--hidden-size=64"]
     curve.main(options)
     scores = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/scores").iterdir()}
     assert {p.name for p in scores} == {"random-weights-30-1e-3-0.json", "8-30-1e-3-0.json"}
