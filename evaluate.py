@@ -334,14 +334,15 @@ def trained_stages(out):
 
 
 def models_of(options):
-    """(name of the row, model, its directory): word vectors alone, where OUT/words has a run
-    without layers; random weights; and each stage that was trained."""
+    """(name of the row, model, its directory): word vectors alone and stage 2 from random weights,
+    where OUT has them; random weights; and each stage that was trained."""
     trained = trained_stages(options.out)
     if not trained:
         raise InputError(f"nothing was trained in {options.out}: python mlm.py, or make demo")
-    if Path(options.out, "words", "model.safetensors").is_file():
-        words = Path(options.out, "words")
-        yield "word vectors alone", NomicBert.from_pretrained(words, device=best_device()), words
+    for name, title in (("words", "word vectors alone"), ("without", "stage 2 without stage 1")):
+        directory = Path(options.out, name)
+        if (directory / "model.safetensors").is_file():
+            yield title, NomicBert.from_pretrained(directory, device=best_device()), directory
     for stage in trained:
         model = NomicBert.from_pretrained(Path(options.out, stage), device=best_device())
         if stage == trained[0]:

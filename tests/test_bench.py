@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import contrastive
 import mlm
-from bench import curve, estimate, experiments, glue, languages, long
+from bench import curve, domains, estimate, experiments, glue, languages, long
 from common.files import load_tokenizer, read_json, write_json
 from common.options import InputError
 from data.prepare import write_source
@@ -305,3 +305,22 @@ def test_glue_is_read_in_the_form_of_the_hub_and_learned(tokenizer, tmp_path, ca
         glue.main([f"--model={tmp_path}/model", f"--data={tmp_path}", "--tasks=qqp"])
     with pytest.raises(InputError, match="--tasks=glee: give some of mnli"):
         glue.main(["--tasks=glee"])
+
+
+def test_domains_trains_on_the_text_of_each_and_runs_nothing_twice(killed, data, tmp_path, capsys):
+    sources, out = killed[0].parent, tmp_path / "out"
+    tiny_model(load_tokenizer(data)).save_pretrained(tmp_path / "demo")
+    given = [str(sources), f"--model={tmp_path}/demo", f"--data={data}", f"--out={out}"]
+    given += ["--domains=legal,medical,technical", "--seeds=0"]
+    given += [f"--options={experiments.SMALL}"]
+    domains.main(given)
+    scores = {path: path.stat().st_mtime_ns for path in out.glob("scores/*.json")}
+    assert len(scores) == 3 * 4, "BM25, random weights, the demo, and one's own"
+    capsys.readouterr()
+    domains.main(given)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "±" in line]
+    assert [row[0] for row in rows] == ["| legal", "| medical", "| technical"]
+    assert all(float(row[2].split()[0]) > 0.5 for row in rows), "BM25 finds copies"
+    assert scores == {path: path.stat().st_mtime_ns for path in scores}
+    with pytest.raises(InputError, match="in --domains some of legal,science"):
+        domains.main([str(sources), "--domains=law"])
