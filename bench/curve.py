@@ -142,7 +142,7 @@ def draw(points, lines, sizes, path):
             found = [(n, summary(points[line, n][1][task])) for n in sizes if points[line, n][1]]
             x = np.array([n for n, _ in found])
             mean, error = (np.array([s[key] for _, s in found]) for key in ("mean", "error"))
-            label = line if line == RANDOM else f"after stage 1 of {line} steps"
+            label = line if line == RANDOM else f"after {int(line):,} steps of stage 1"
             axis.plot(x, mean, "o-", ms=3, color=color, label=label)
             axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, lw=0)
             curves[line] = dict(zip(x.tolist(), mean, strict=True)), color
@@ -153,12 +153,16 @@ def draw(points, lines, sizes, path):
                 if ahead[i] > 0 >= ahead[i + 1]:  # straight lines over the logarithm of the pairs
                     part = ahead[i] / (ahead[i] - ahead[i + 1])
                     axis.axvline(both[i] * (both[i + 1] / both[i]) ** part, color=color, ls=":")
-        axis.set(xscale="log", title=task, xlabel="pairs of stage 2", ylabel="nDCG@10, test")
+        query, document = task.split("-")[0], task.split("-")[-1]
+        axis.set(xscale="log", xlabel="pairs of stage 2; dotted: where stage 1 no longer pays")
+        axis.set(title=f"find the {document} of a {query}", ylabel="nDCG@10, held-out modules")
         axis.set_xticks(sizes, [f"{n:,}" for n in sizes], fontsize=7)
         axis.minorticks_off()
-    axes[0][0].legend(frameon=False, fontsize=8)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncol": len(lines)}
+    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, fontsize=8, **place)
     figure.tight_layout()
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    settings = {"dpi": 130, "format": "png", "bbox_inches": "tight"}
+    write_whole(path, lambda temporary: figure.savefig(temporary, **settings))
     plt.close(figure)
 
 
