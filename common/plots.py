@@ -75,7 +75,7 @@ def draw_curves(logs):
             color = BLUE if len(sources) == 1 else None
             axis.plot([r["step"] for r in own], [r["loss"] for r in own], color=color, label=source)
         if len(sources) > 1:
-            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncol": 3}
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.25), "ncol": 3}
             axis.legend(fontsize=6, title="source of the batch", **place)
         axis.set(title=TITLES[stage], xlabel="training step", ylim=(0, None))
         axis.set_ylabel("training loss", color=BLUE)
@@ -85,8 +85,8 @@ def draw_curves(logs):
         right = axis.twinx()
         scores = [r[metric] for r in scored]
         right.plot([r["step"] for r in scored], scores, "o-", color=ORANGE, ms=4)
-        name = "masked tokens predicted" if stage == "mlm" else "nDCG@10"
-        right.set_ylabel(f"{name}, held-out text", color=ORANGE)
+        name = "masked tokens predicted" if stage == "mlm" else "nDCG@10, held-out text"
+        right.set_ylabel(name, color=ORANGE)
         right.set_ylim(0, 1.6 * max(scores))
         right.grid(False)
     return figure

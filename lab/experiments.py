@@ -2,7 +2,7 @@
 
 Each experiment trains two models, or reads with one in two ways, and scores both on the same
 held-out queries. `python lab/lab.py experiment bands` writes the mean and the standard deviation of
-each difference over five seeds to lab/bands.json.
+each difference over five seeds to lab/bands.json, or of those that are named behind it.
 """
 
 import dataclasses
@@ -127,9 +127,9 @@ def measure(options, name, seed):
 
 def run(options, words):
     """Asks for a prediction, measures, and compares. Returns both, for the record."""
-    if words == ["bands"]:
+    if words[:1] == ["bands"] and set(words[1:]) <= set(EXPERIMENTS):
         bands = read_json(BANDS) if BANDS.is_file() else {}
-        for name in EXPERIMENTS:
+        for name in words[1:] or EXPERIMENTS:
             means = [float(measure(options, name, seed).mean()) for seed in range(SEEDS)]
             bands[name] = {"mean": np.mean(means), "deviation": np.std(means, ddof=1)}
             bands[name] |= {"seeds": means}
