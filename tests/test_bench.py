@@ -290,7 +290,7 @@ def test_glue_is_read_in_the_form_of_the_hub_and_learned(tokenizer, tmp_path, ca
             path.parent.mkdir(parents=True, exist_ok=True)
             datasets.Dataset.from_dict(rows).to_parquet(str(path))
     given = [f"--model={tmp_path}/model", f"--data={tmp_path}/glue", "--seeds=1", "--epochs=10"]
-    glue.main([*given, "--lr=3e-3", "--tasks=mnli,cola,sst2,stsb,rte"])
+    glue.main([*given, "--lr=3e-3", "--tasks=mnli,cola,stsb"])
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [line[0] for line in lines] == [
         "| mnli",
