@@ -94,7 +94,7 @@ MINIATURE = [
     Row(TWO, "contrastive", ONE, against=ONE),
     Row(THREE, "finetune", TWO, M, against=TWO),
     BOTH,
-    Row(NO_ONE, "contrastive", options="--lr=RANDOM", against=TWO),
+    Row(NO_ONE, "contrastive", options="--lr=RATE", against=TWO),
     Row("without stage 1", "finetune", NO_ONE, M, against=THREE),
     Row(NO_TWO, "finetune", ONE, M, against=THREE),
     Row(EASY, "finetune", TWO, f"{M} --negatives=0", against=THREE),
@@ -172,7 +172,7 @@ def run_row(row, seed, group, options):
     if row.stage:
         sized = group == "miniature" or options.size == "tiny"
         arguments = SIZES[options.size][row.stage].split() if sized else []
-        arguments += [*row.options.replace("RANDOM", RATE[options.size]).split(), "--eval-every=0"]
+        arguments += [*row.options.replace("RATE", RATE[options.size]).split(), "--eval-every=0"]
         arguments += [f"--data={data}", f"--out={out}", f"--seed={seed}", *options.options.split()]
         arguments += [f"--init={start}"] if start else []
         STAGES[row.stage].main(arguments)
