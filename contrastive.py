@@ -57,6 +57,7 @@ class Config:
     trained_length: int = 128  # tokens; Dynamic NTK is for longer texts [4, 1e6]
 
     batch_size: int = 512  # pairs in a step, over all processes: the documents to choose from
+    weights: str = ""  # faq=2,halves=0.5: how often an epoch has a source; 1 for all, as the paper
     query_tokens: int = 48  # queries are truncated to this length [3, 1e6]
     document_tokens: int = 64  # documents are truncated to this length [3, 1e6]
     temperature: float = 0.02  # divides the cosines: a logit scale of 50, fixed [code] [0.001, 100]
@@ -289,7 +290,7 @@ def main(arguments):
 
     model = first_model(run, config, origin, device)
     sources = store.open_sources(f"{config.data}/stage2", model.tokenizer)
-    pairs = store.PairBatches(sources, config.batch_size, config.seed)
+    pairs = store.PairBatches(sources, config.batch_size, config.seed, config.weights)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
     betas, eps = (0.9, 0.999), 1e-8
     optimizer = adamw(model, config.lr, config.weight_decay, betas, eps)

@@ -30,6 +30,7 @@ two runs with one seed are equal. data/prepare.py writes these files.
 import functools
 import hashlib
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -200,12 +201,17 @@ class PairBatches:
     An epoch is every whole batch of every source once, in random order, so that sources come up in
     proportion to their size, as in the released reader. Rows that do not fill a batch are left out
     of that epoch; every epoch shuffles the rows anew. A source that is smaller than a batch gives
-    one, with its rows repeated: the loss does not count copies of a document as negatives."""
+    one, with its rows repeated: the loss does not count copies of a document as negatives.
 
-    def __init__(self, sources, batch_size, seed):
+    weights, such as "faq=2,halves=0.5": how many times an epoch has the batches of a source. The
+    paper has 1 for all. Raises InputError for names that are none, and for anything but numbers."""
+
+    def __init__(self, sources, batch_size, seed, weights=""):
         self.sources, self.batch_size, self.seed = sources, batch_size, seed
         # at least one of each source, unless it is empty
-        batches = [max(len(source) // batch_size, min(1, len(source))) for source in sources]
+        self.whole = np.array([max(len(s) // batch_size, min(1, len(s))) for s in sources], int)
+        weight = read_weights(weights, [source.name for source in sources])
+        batches = np.round(self.whole * weight).astype(int)
         self.source_of = np.repeat(np.arange(len(sources)), batches)  # batch of an epoch -> source
         if len(self.source_of) == 0:
             raise InputError(f"the sources {', '.join(s.name for s in sources)} have no rows")
@@ -221,10 +227,26 @@ class PairBatches:
         batch = permutation(len(self.source_of), self.seed, epoch)[place]
         number = self.source_of[batch]
         source = self.sources[number]
-        first = (batch - np.searchsorted(self.source_of, number)) * self.batch_size
-        order = permutation(len(source), self.seed, epoch, int(number))
-        rows = np.resize(order[first:], self.batch_size)  # repeats the rows of a small source
+        batch -= np.searchsorted(self.source_of, number)  # its number among those of the source
+        again, batch = divmod(int(batch), int(self.whole[number]))
+        again = [again] * (again > 0)  # with a weight above 1: rows in another order
+        order = permutation(len(source), self.seed, epoch, int(number), *again)
+        # np.resize repeats the rows of a small source
+        rows = np.resize(order[batch * self.batch_size :], self.batch_size)
         return source, rows.astype(np.int64)
+
+
+def read_weights(text, names):
+    """ "faq=2" -> the weight of each name (n,), 1 where none is given."""
+    weights = dict.fromkeys(names, 1.0)
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name not in weights or not re.fullmatch(r"\d{1,3}(\.\d+)?", value):
+            raise InputError(
+                f"--weights={part}: give NAME=NUMBER, below 1,000, of {', '.join(names)}"
+            )
+        weights[name] = float(value)
+    return np.array(list(weights.values()))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -78,6 +78,31 @@ def test_a_source_smaller_than_a_batch_gives_one_with_its_rows_repeated(data, da
     assert small and ", ".join(small) in batches.about().popitem()[1]
 
 
+def test_a_weight_says_how_often_an_epoch_has_a_source(data, data_tokenizer):
+    sources = open_sources(data / "stage2", data_tokenizer)
+    first, second, third = (source.name for source in sources[:3])
+    plain = PairBatches(sources, 4, seed=3)
+    assert np.array_equal(PairBatches(sources, 4, 3, f"{first}=1").at(9)[1], plain.at(9)[1])
+    batches = PairBatches(sources, 4, 3, f"{first}=2,{second}=0.5,{third}=0")
+    drawn = [batches.at(step) for step in range(len(batches.source_of))]
+    counts = Counter(source.name for source, _ in drawn)
+    whole = {source.name: len(source) // 4 for source in sources}
+    assert counts[first] == 2 * whole[first] and counts[third] == 0
+    assert abs(counts[second] - whole[second] / 2) <= 0.5
+    groups = [tuple(rows) for source, rows in drawn if source.name == first]
+    assert len(set(groups)) == len(groups), "the second time in another order"
+    times = Counter(row for rows in groups for row in rows)
+    assert sum(times.values()) == 8 * whole[first] and set(times.values()) <= {1, 2}
+
+
+@pytest.mark.parametrize("weights", ["faq=2", "{}", "{}=", "{}=-1", "{}=nan", "{}=1e3", "{}=much"])
+def test_weights_that_are_none_are_named(weights, data, data_tokenizer):
+    sources = open_sources(data / "stage2", data_tokenizer)
+    weights = weights.format(sources[0].name)
+    with pytest.raises(InputError, match=f"--weights={weights}: give NAME=NUMBER, below 1,000, of"):
+        PairBatches(sources, 4, 3, weights)
+
+
 # ------------------------------------------------------------------------------------------------
 # Texts on disk
 
