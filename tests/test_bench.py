@@ -292,14 +292,7 @@ def test_glue_is_read_in_the_form_of_the_hub_and_learned(tokenizer, tmp_path, ca
     given = [f"--model={tmp_path}/model", f"--data={tmp_path}/glue", "--seeds=1", "--epochs=10"]
     glue.main([*given, "--lr=3e-3", "--tasks=mnli,cola,stsb"])
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [line[0] for line in lines] == [
-        "| mnli",
-        "| cola",
-        "| sst2",
-        "| stsb",
-        "| rte",
-        "| mean",
-    ]
+    assert [line[0] for line in lines] == ["| mnli", "| cola", "| stsb", "| mean"]
     assert all(float(line[1]) > 0.9 for line in lines), lines
     with pytest.raises(InputError, match="no train of qqp"):
         glue.main([f"--model={tmp_path}/model", f"--data={tmp_path}", "--tasks=qqp"])
