@@ -65,7 +65,7 @@ class Config:
     tokens_in_memory: int = 65_536  # larger batches, in each process, use GradCache [0, 1e9]
 
     steps: int = 200  # optimizer steps
-    lr: float = 2e-3  # peak; 3e-3 from random weights, 1e-3 after a long stage 1 [0, 1000]
+    lr: float = 2e-3  # peak; 3e-3 from random weights, 3e-4 after a long stage 1 [0, 1000]
     warmup: int = 20  # steps in which the rate rises [0, 1e9]
     decay: str = "linear"  # of the rate after that: linear, to 0 at the end, or sqrt, as the paper
     weight_decay: float = 0.01  # of matrices; norms have none [0, 1]

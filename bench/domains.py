@@ -2,6 +2,7 @@
 
     python bench/domains.py SOURCES                        # after make demo; hours on two cores
     python bench/domains.py SOURCES --domains=medical      # one of them
+    python bench/domains.py SOURCES --notes=100 --stages=contrastive,finetune    # without stage 1
 
 A model that was trained on Python alone searches other text; then `make own` trains one on that
 text and the embedded documentation, with the commands of the Makefile. SOURCES has the public data:
@@ -74,7 +75,7 @@ def write_notes(name, sources, out):
     else:
         notes, *_ = read_task(sources / "retrieval" / TASKS[name], "dev")
     for i, text in enumerate(notes.values()):
-        Path(out, f"{i}.md").write_text(text)
+        Path(out, f"{i}.md").write_text(text, encoding="utf-8")
 
 
 def prepare(name, sources, options):

@@ -96,9 +96,10 @@ def finetune(task, model, train, dev, options, seed):
     rng, (texts, labels), device = np.random.default_rng(seed), train, model.device
     model.head = Linear(model.config.hidden_size, TASKS[task][1], bias=True).to(device)
     optimizer = adamw(model, options.lr, 1e-6, (0.9, 0.98), 1e-6)
-    options.steps = options.epochs * (len(texts) // options.batch_size)
-    options.warmup = 0.06
-    if not options.steps:
+    steps_of_epoch = len(texts) // options.batch_size
+    # learning_rate reads these two
+    options.steps, options.warmup = options.epochs * steps_of_epoch, 0.06
+    if not steps_of_epoch:
         raise InputError(f"--batch-size={options.batch_size}: {task} has {len(texts)} texts")
 
     def outputs(rows, texts):
@@ -106,7 +107,7 @@ def finetune(task, model, train, dev, options, seed):
         return model.head(mean_pool(model(tokens, cu_seqlens), cu_seqlens))  # (B, classes)
 
     for step in trange(options.steps, desc=f"{task}, seed {seed}", leave=False, disable=None):
-        if step % (len(texts) // options.batch_size) == 0:
+        if step % steps_of_epoch == 0:
             order = rng.permutation(len(texts))
         rows, order = order[: options.batch_size], order[options.batch_size :]
         found, right = outputs(rows, texts), labels[rows].to(device)
@@ -131,17 +132,18 @@ def main(arguments):
     if unknown := set(names) - set(TASKS):
         raise InputError(f"--tasks={min(unknown)}: give some of {','.join(TASKS)}")
     names, mnli, medians = [name for name in TASKS if name in names], {}, []
+    tokenizer = NomicBert.from_pretrained(options.model).tokenizer
     print_head("task", "score, median", "seeds", "nomic-bert-2048, table 2")
     for name in names:
         scores = []
+        train, dev = (
+            read(options.data, name, split, tokenizer, options.max_tokens)
+            for split in ("train", "validation")
+        )
         for seed in range(options.seeds):
             model = NomicBert.from_pretrained(options.model, device=best_device())
             if seed in mnli and name in ("mrpc", "rte", "stsb"):
                 model.load_state_dict(mnli[seed])
-            train, dev = (
-                read(options.data, name, split, model.tokenizer, options.max_tokens)
-                for split in ("train", "validation")
-            )
             scores.append(finetune(name, model, train, dev, options, seed))
             if name == "mnli":
                 weights = model.state_dict().items()

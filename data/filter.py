@@ -23,7 +23,8 @@ st:NAME is any model that sentence-transformers opens. It gets the texts without
 Processes share the texts to embed and the queries to compare; their number does not change the
 result. Each judged block stays in OUT-blocks until OUT is written, so that the same command goes on
 after an interruption. Each process has the embeddings of one block in memory, two arrays of a
-million by C float32: 6 GB at C = 768. A smaller --block needs less, and removes less.
+million by C float32: 6 GB at C = 768, half as much again while several processes add up theirs. A
+smaller --block needs less, and removes less.
 """
 
 import itertools
