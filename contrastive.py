@@ -57,7 +57,7 @@ class Config:
     trained_length: int = 128  # tokens; Dynamic NTK is for longer texts [4, 1e6]
 
     batch_size: int = 512  # pairs in a step, over all processes: the documents to choose from
-    weights: str = ""  # faq=2,halves=0.5: how often an epoch has a source; 1 for all, as the paper
+    weights: str = ""  # faq=2,halves=0.5: how often an epoch has a source; else as the data says
     query_tokens: int = 48  # queries are truncated to this length [3, 1e6]
     document_tokens: int = 64  # documents are truncated to this length [3, 1e6]
     temperature: float = 0.02  # divides the cosines: a logit scale of 50, fixed [code] [0.001, 100]

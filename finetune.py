@@ -60,7 +60,7 @@ class Config:
     mined: int = 20  # documents nearest to a query, among which its negatives are [1, 10000]
     margin: float = 1.0  # a document at this share of the right one's score is one too [0.01, inf]
     batch_size: int = 512  # pairs in a step, over all processes
-    weights: str = ""  # faq=2,halves=0.5: how often an epoch has a source; 1 for all, as the paper
+    weights: str = ""  # faq=2,halves=0.5: how often an epoch has a source; else as the data says
     query_tokens: int = 48  # queries are truncated to this length [3, 1e6]
     document_tokens: int = 64  # documents are truncated to this length [3, 1e6]
     temperature: float = 0.02  # divides the cosines: a logit scale of 50, fixed [code] [0.001, 100]

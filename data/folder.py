@@ -4,7 +4,8 @@ A title and its text, headings and the section below them belong together: weak 
 kind that the paper takes from the web (sec. 4.2), enough to adapt a model to a field's vocabulary.
 
     stage 1, text          every file, without markup (data/markup.py)
-    stage 2, weak pairs    title -> document, headings -> section, first paragraph -> the rest
+    stage 2, weak pairs    title -> document, headings -> section, first paragraph -> the rest; where
+                           there is one paragraph alone, each of its sentences -> the paragraph
     stage 3, supervised    headings -> section again: a heading is the nearest to a question that
                            notes have. Stage 3 adds hard negatives, such as sections beside it
     held out               whole files, by a hash of their names: dev to tune on, test to report.
@@ -15,8 +16,9 @@ kind that the paper takes from the web (sec. 4.2), enough to adapt a model to a 
     python data/folder.py docs --add=out/pydocs    # trains on that data folder's text as well
     python data/folder.py docs --tokenizer=DIR/tokenizer.json        # another model's
 
-Use --add where there is little text: it also brings its tokenizer. Notes without headings have the
-task title -> document, or else first paragraph -> the rest.
+Use --add where there is little text: it also brings its tokenizer. The notes' own pairs then weigh
+so much that one batch in five is of them ("weight" in meta.json; `--weights` of a stage overrides
+it). Notes without headings have another task, the first of those above that three files have.
 """
 
 import codecs
@@ -38,10 +40,12 @@ from data.markup import read_markup
 from data.prepare import LONGEST, SEARCH
 
 SUFFIXES = (".md", ".markdown", ".rst", ".txt")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 PREFIXES = {  # in the order in which they are chosen as the task
     "heading-section": SEARCH,
     "title-document": ("classification: ", "classification: "),  # like the paper's Wikipedia titles
     "opening-rest": ("clustering: ", "clustering: "),  # like StackExchange's body -> body
+    "sentence-text": SEARCH,
 }
 
 
@@ -135,13 +139,17 @@ def pairs_of(document):
     for headings, prose in document.sections:
         opening, _, rest = prose.partition("\n\n")
         pairs.append(("opening-rest", opening, rest, 8))
+        if not rest:
+            first, *others = SENTENCE_END.split(prose)
+            pairs.append(("sentence-text", first, " ".join(others), 3))
         if headings:
             query = " > ".join([document.title, *headings])
             pairs.append(("heading-section", query, prose, 2))
     for source, query, text, least in pairs:
         query, text = query[:LONGEST], text[:LONGEST].strip("\n")
         letters = sum(c.isalpha() or c.isspace() for c in text)
-        if len(words(query)) >= least and len(words(text)) >= 15 and letters >= 0.7 * len(text):
+        says_something = len(words(query)) >= least and any(map(str.isalpha, query))
+        if says_something and len(words(text)) >= 15 and letters >= 0.7 * len(text):
             yield source, query, text
 
 
@@ -157,7 +165,7 @@ def choose_task(documents):
         if len(names) >= 3:
             return source, list(names)
     raise InputError(
-        f"{max(map(len, found.values()))} files have a section below a heading, or two paragraphs: "
+        f"{max(map(len, found.values()))} files have a section below a heading, or two sentences: "
         "3 are needed, one to train on, one to tune on and one to test on"
     )
 
@@ -189,6 +197,13 @@ def assemble(documents, splits, task):
         new = NearDuplicates().add_new([text for _, _, text in rows])
         found[source] = list(itertools.compress(rows, new))
         training = [(query, text) for name, query, text in found[source] if splits[name] == "train"]
+        if source == "sentence-text":  # the task has the first sentence alone, training has all
+            training = [
+                (sentence, f"{first} {rest}")
+                for first, rest in training
+                for sentence in (first, *SENTENCE_END.split(rest))
+                if len(words(sentence)) >= 3
+            ]
         pairs[f"stage2/{source}"] = training
     pairs[f"stage3/{task}"] = pairs[f"stage2/{task}"]
     for file, query, text in found[task]:
@@ -261,7 +276,7 @@ def main(arguments):
             write(new, documents, tokenizer, meta, options, added)
         print(f"wrote {out} in {time.time() - began:.0f} s")
     if options.show:
-        prepare.show_pairs(out, options.show)
+        prepare.show_pairs(out, options.show, added)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from data.tasks import PREFIXES, write_jsonl, write_task
 
 SEARCH = PREFIXES["query"], PREFIXES["document"]
 LONGEST = 1200  # characters of a query or document that are kept for training, some 300 tokens
+OWN_SHARE = 0.2  # of the batches that are of one's own pairs, where others are added
 LONG = 900  # words: well beyond 8 times the 128 tokens that the laptop preset trains with
 BATCH = 1000  # rows that are tokenised or copied together
 
@@ -291,10 +292,12 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, h
             given = dict(zip(columns, prefixes[Path(name).name], strict=True))
             written[name] = write_source(folder / name, columns, given, tokenizer, held_out)
     for path in itertools.chain.from_iterable(sorted(p.glob("stage[23]/*")) for p in add):
-        name = f"{path.parent.name}/{path.name}"
-        name += f"-{path.parents[1].name}" if name in written else ""
+        name = f"{path.parent.name}/{path.name}-{path.parents[1].name}"
         given = Source(path, tokenizer).meta["prefixes"]
         written[name] = write_source(folder / name, {}, given, tokenizer, held_out, [path])
+
+    own = [name for name, found in pairs.items() if found]
+    weigh(folder, own, {name: count for name, (count, _) in written.items()})
 
     leaks = contamination(held_out, {name: reasons for name, (_, reasons) in written.items()})
     for name, (count, _) in written.items():
@@ -309,6 +312,19 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, h
     write_json(folder / "meta.json", meta)
 
 
+def weigh(folder, own, rows):
+    """Gives the sources `own` a weight (PairBatches) with which OWN_SHARE of each stage is of them,
+    if they have fewer pairs than that: a few hundred would be lost among a hundred thousand."""
+    for stage in ("stage2", "stage3"):
+        names = [name for name in rows if name.startswith(stage)]
+        count = sum(rows[name] for name in names if name in own)
+        others = sum(rows[name] for name in names) - count
+        if count and others * OWN_SHARE > count * (1 - OWN_SHARE):
+            weight = round(others / count * OWN_SHARE / (1 - OWN_SHARE), 2)
+            for path in (folder / name / "meta.json" for name in names if name in own):
+                write_json(path, {**read_json(path), "weight": weight})
+
+
 def print_unknown(folder):
     """Prints the share of [UNK], which a model can learn nothing from, in all training text."""
     metas = [read_json(path) for path in sorted(folder.glob("stage*/*/meta.json"))]
@@ -319,10 +335,12 @@ def print_unknown(folder):
         print("  warning: the tokenizer does not know this text; give another one by --tokenizer=")
 
 
-def show_pairs(folder, count):
-    """Prints pairs drawn at random from all sources of a data folder, for a person to judge."""
-    rng = np.random.default_rng(0)
-    paths = [p for p in sorted(Path(folder).glob("stage*/*/pairs.jsonl")) if p.stat().st_size]
+def show_pairs(folder, count, added=()):
+    """Prints pairs drawn at random from the sources of a data folder, for a person to judge, but
+    not from those of the folders that were added."""
+    rng, added = np.random.default_rng(0), tuple(f"-{Path(path).name}" for path in added)
+    paths = sorted(Path(folder).glob("stage*/*/pairs.jsonl"))
+    paths = [p for p in paths if p.stat().st_size and not p.parent.name.endswith(added)]
     for i in range(count):
         path = paths[i % len(paths)]
         with open(path, "rb") as file:

@@ -88,7 +88,8 @@ def map_file(path, dtype):
 
 
 class Source:
-    """A folder of columns. meta.json: rows, tokens, task prefixes, fingerprint of the tokenizer."""
+    """A folder of columns. meta.json: rows, tokens, task prefixes, fingerprint of the tokenizer, and
+    maybe a weight (PairBatches)."""
 
     def __init__(self, folder, tokenizer):
         """Raises InputError where the folder is damaged, or was made with another tokenizer."""
@@ -203,23 +204,26 @@ class PairBatches:
     of that epoch; every epoch shuffles the rows anew. A source that is smaller than a batch gives
     one, with its rows repeated: the loss does not count copies of a document as negatives.
 
-    weights, such as "faq=2,halves=0.5": how many times an epoch has the batches of a source. The
-    paper has 1 for all. Raises InputError for names that are none, and for anything but numbers."""
+    weights, such as "faq=2,halves=0.5": how many times an epoch has the batches of a source; by
+    default the weight in its meta.json, else 1, as the paper has for all. Raises InputError for
+    names that are none, and for anything but numbers."""
 
     def __init__(self, sources, batch_size, seed, weights=""):
         self.sources, self.batch_size, self.seed = sources, batch_size, seed
         # at least one of each source, unless it is empty
         self.whole = np.array([max(len(s) // batch_size, min(1, len(s))) for s in sources], int)
-        weight = read_weights(weights, [source.name for source in sources])
-        batches = np.round(self.whole * weight).astype(int)
+        self.weights = read_weights(weights, {s.name: s.meta.get("weight", 1.0) for s in sources})
+        batches = np.round(self.whole * list(self.weights.values())).astype(int)
         self.source_of = np.repeat(np.arange(len(sources)), batches)  # batch of an epoch -> source
         if len(self.source_of) == 0:
             raise InputError(f"the sources {', '.join(s.name for s in sources)} have no rows")
 
     def about(self):
-        """What a run prints: the sources whose rows are repeated to fill a batch."""
+        """What a run prints: the sources whose rows are repeated to fill a batch, and weights."""
         small = [s.name for s in self.sources if len(s) < self.batch_size]
-        return {"smaller than a batch, rows repeated:": ", ".join(small)} if small else {}
+        weighted = [f"{name}={weight:g}" for name, weight in self.weights.items() if weight != 1]
+        lists = {"smaller than a batch, rows repeated:": small, "weights": weighted}
+        return {title: ", ".join(names) for title, names in lists.items() if names}
 
     def at(self, step):
         """(source, rows) of batch number `step`."""
@@ -236,17 +240,17 @@ class PairBatches:
         return source, rows.astype(np.int64)
 
 
-def read_weights(text, names):
-    """ "faq=2" -> the weight of each name (n,), 1 where none is given."""
-    weights = dict.fromkeys(names, 1.0)
+def read_weights(text, weights):
+    """ "faq=2" -> name -> weight, of all sources. weights: name -> the one it has by itself."""
+    weights = dict(weights)
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         if name not in weights or not re.fullmatch(r"\d{1,3}(\.\d+)?", value):
             raise InputError(
-                f"--weights={part}: give NAME=NUMBER, below 1,000, of {', '.join(names)}"
+                f"--weights={part}: give NAME=NUMBER, below 1,000, of {', '.join(weights)}"
             )
         weights[name] = float(value)
-    return np.array(list(weights.values()))
+    return weights
 
 
 # ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from common.options import InputError
 from data import folder, prepare
 from data.duplicates import NearDuplicates
 from data.markup import read_markup
-from data.store import Source, open_sources
+from data.store import PairBatches, Source, open_sources
 from data.tasks import read_task
 
 FOLDERS = ROOT.parent / "shared" / "data" / "folders"
@@ -322,6 +322,40 @@ def test_notes_without_headings_have_a_task_too(suffix, tmp_path):
     meta, task = prepare_folder(tmp_path / "notes", tmp_path / "out"), "title-document"
     assert meta["rows"][f"stage3/{task}"] > 0 and meta["rows"]["stage2/opening-rest"] > 0
     assert all(read_task(tmp_path / "out/retrieval" / task, split)[2] for split in ("dev", "test"))
+
+
+@pytest.fixture
+def paragraphs(tmp_path):
+    """Files of one paragraph each, of three sentences, that have no name but a number."""
+    (tmp_path / "paragraphs").mkdir()
+    for n in range(20):
+        made_up = ["".join(chr(97 + (n * k + i) % 26) for i in range(4)) for k in range(30)]
+        text = " ".join(" ".join(made_up[i : i + 10]) + "." for i in (0, 10, 20))
+        (tmp_path / "paragraphs" / f"{n}.md").write_text(text)
+    return tmp_path / "paragraphs"
+
+
+def test_each_sentence_of_a_paragraph_alone_finds_it_and_a_number_is_no_title(paragraphs, tmp_path):
+    meta = prepare_folder(paragraphs, tmp_path / "out")
+    assert {name for name in meta["rows"] if name.startswith("stage2/")} == {"stage2/sentence-text"}
+    path = tmp_path / "out/stage2/sentence-text/pairs.jsonl"
+    pairs = [json.loads(line) for line in open(path, encoding="utf-8")]
+    assert all(pair["query"] in pair["document"] for pair in pairs)
+    assert len(pairs) == 3 * len({pair["document"] for pair in pairs}), "of three sentences each"
+    documents, queries, *_ = read_task(tmp_path / "out/retrieval/sentence-text", "test")
+    assert not any(query in text for query in queries.values() for text in documents.values())
+
+
+def test_one_batch_in_five_is_of_ones_own_pairs_however_few_they_are(paragraphs, notes, tmp_path):
+    prepare_folder(paragraphs, out := tmp_path / "out", f"--add={notes}/out")
+    tokenizer = load_tokenizer(out)
+    pairs = PairBatches(open_sources(out / "stage2", tokenizer), 1, seed=0)
+    own = [pairs.at(i)[0].name == "sentence-text" for i in range(len(pairs.source_of))]
+    assert 0.19 < np.mean(own) < 0.21 and pairs.weights["sentence-text"] > 1
+    pairs = PairBatches(open_sources(out / "stage3", tokenizer), 1, seed=0)
+    assert set(pairs.weights.values()) == {1}, "there more than a fifth are one's own anyway"
+    plain = PairBatches(pairs.sources, 1, 0, weights="sentence-text=1")
+    assert plain.weights["sentence-text"] == 1, "an option goes before what the data says"
 
 
 SCRIPTS = {
