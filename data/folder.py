@@ -4,8 +4,8 @@ A title and its text, headings and the section below them belong together: weak 
 kind that the paper takes from the web (sec. 4.2), enough to adapt a model to a field's vocabulary.
 
     stage 1, text          every file, without markup (data/markup.py)
-    stage 2, weak pairs    title -> document, headings -> section, first paragraph -> the rest; where
-                           there is one paragraph alone, each of its sentences -> the paragraph
+    stage 2, weak pairs    title -> document, headings -> section, first paragraph -> the rest; of
+                           one paragraph alone, each sentence -> the paragraph
     stage 3, supervised    headings -> section again: a heading is the nearest to a question that
                            notes have. Stage 3 adds hard negatives, such as sections beside it
     held out               whole files, by a hash of their names: dev to tune on, test to report.

@@ -88,7 +88,7 @@ def map_file(path, dtype):
 
 
 class Source:
-    """A folder of columns. meta.json: rows, tokens, task prefixes, fingerprint of the tokenizer, and
+    """A folder of columns. meta.json: rows, tokens, prefixes, fingerprint of the tokenizer, and
     maybe a weight (PairBatches)."""
 
     def __init__(self, folder, tokenizer):

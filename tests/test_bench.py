@@ -1,5 +1,5 @@
 """The benches: estimates against the operations that torch counts, and the tables of experiments.
-What bench/parity.py, gradients.py and faults.py measure is tested elsewhere."""
+What bench/parity.py and gradients.py measure is tested elsewhere."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import contrastive
 import mlm
-from bench import curve, domains, estimate, experiments, glue, languages, long
+from bench import curve, domains, estimate, experiments, glue, judges, languages, long
 from common.files import load_tokenizer, read_json, write_json
 from common.options import InputError
 from data.prepare import write_source
@@ -183,6 +183,22 @@ def test_each_line_of_the_curve_has_the_rate_that_is_best_on_dev_in_the_first_se
     runs[("8", 30, "3e-3", 1)] = scores(0.0, [1, 1])
     rate, found = curve.points_of(runs, "8", 30)
     assert rate == "3e-3" and found["x"].tolist() == [0.5, 1.0]
+
+
+def test_a_judge_that_loses_planted_and_good_pairs_is_counted_as_it_filtered(
+    data, tmp_path, capsys
+):
+    options = [f"--data={data}", f"--out={tmp_path}", "--pairs=150"]
+    small = "--steps=2 --batch-size=8 --hidden-size=64 --num-hidden-layers=0 --lr=3e-3"
+    judges.main([*options, f"--options={small}"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "±" in line]
+    assert [row[2:4] for row in (rows[0], rows[-1])] == [["0.0%", "0.0%"], ["100.0%", "0.0%"]]
+    counts = read_json(tmp_path / "kept-0/meta.json")["filtered"].values()
+    assert int(rows[1][1]) == sum(n["kept"] for n in counts) < sum(n["rows"] for n in counts)
+    drawn = judges.draw(judges.Options(data=str(data), pairs=150))
+    planted = np.concatenate([planted for *_, planted in drawn.values()])
+    kept = judges.kept_rows(tmp_path / "kept-0", drawn)
+    assert rows[1][2] == f"{np.mean(~kept[planted]):.1%}" and 0.1 < planted.mean() < 0.3
 
 
 REFUSED = {

@@ -28,9 +28,7 @@ SMALL = {  # script -> options that make it small; of two values of an option th
     "bench/memory.py": "--batches=64 --source=name-code",
     "bench/gradients.py": "--processes=2",
     "bench/attention.py": "--tokens=300 --heads=1 --rounds=1",
-    "bench/faults.py": "--kills=1 --steps=2 --stages=mlm",
     "bench/long.py": "--lengths=64,128 --texts=2 --depths=2 --needle=16",
-    "bench/data.py": "--rows=500 --large=1000 --rounds=1",
     "bench/experiments.py": "--size=tiny --rows='without stage 2'",
 }
 STAGES = ["mlm.py", "contrastive.py --init=out/mlm", "finetune.py --init=out/contrastive"]

@@ -1,7 +1,12 @@
 """Whole runs of the three stages, small: they end with the same bits however they were interrupted,
 and never touch what they did not write."""
 
+import contextlib
 import json
+import math
+import multiprocessing
+import os
+import random
 import re
 import resource
 import shutil
@@ -22,7 +27,6 @@ import contrastive
 import evaluate
 import finetune
 import mlm
-from bench import faults
 from common import plots
 from common.files import read_json, write_json
 from common.options import InputError
@@ -120,12 +124,49 @@ def test_compiled_blocks_give_the_losses_of_plain_ones(data, tmp_path):
 # Interrupted by others
 
 
+def train_silently(stage, arguments):
+    with open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            stage.main(arguments)
+
+
+def is_killed(stage, data, out, delay=math.inf, rng=None):
+    """Runs a stage in a forked process, which need not import everything again, and kills it after
+    `delay` seconds; with an rng, at a random moment after that while it writes a file."""
+    for left_over in out.rglob("*.tmp"):
+        left_over.unlink()
+    job = (stage, [*SMALL, "--steps=8", "--save-every=1", f"--data={data}", f"--out={out}"])
+    process = multiprocessing.get_context("fork").Process(target=train_silently, args=job)
+    due = time.monotonic() + delay
+    process.start()
+    while process.is_alive():
+        is_due = time.monotonic() > due
+        if is_due and (rng is None or any(out.rglob("*.tmp")) and rng.random() < 0.05):
+            process.kill()
+            process.join()
+        time.sleep(0 if is_due else 0.001)
+    assert process.exitcode <= 0
+    return process.exitcode < 0
+
+
 @each_stage
 def test_a_run_killed_at_any_moment_ends_with_the_bits_of_one_that_was_not(stage, data, tmp_path):
-    """Four kills, every other one while a file is written; bench/faults.py has many more."""
-    options = faults.Options(data=str(data), kills=4, steps=8)
-    kills, _, _ = faults.torment(stage.__name__, options, tmp_path)
-    assert kills >= 4
+    """Four kills, every other one while a file is written."""
+    rng, kills, run, began = random.Random(0), 0, 0, time.monotonic()
+    is_killed(stage, data, tmp_path / "undisturbed")
+    seconds = time.monotonic() - began
+    while kills < 4:
+        run, killed = run + 1, True
+        while killed:
+            delay = rng.uniform(0, seconds) if kills < 4 else math.inf
+            killed = is_killed(stage, data, tmp_path / str(run), delay, rng if kills % 2 else None)
+            kills += killed
+        undisturbed, out = tmp_path / "undisturbed", tmp_path / str(run)
+        assert [line["loss"] for line in read_log(out)] == [
+            line["loss"] for line in read_log(undisturbed)
+        ]
+        names = ("model.safetensors", "config.json", "tokenizer.json")
+        assert all((out / n).read_bytes() == (undisturbed / n).read_bytes() for n in names)
 
 
 def wait_for(condition, process, seconds=120):
