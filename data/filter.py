@@ -209,9 +209,11 @@ def write_filtered(data, out, judged, inputs, options):
             meta["filtered"][name] = {"rows": len(kept), "kept": count}
             meta.setdefault("rows", {})[f"stage2/{name}"] = count
             if count:
-                prefixes = Source(old, tokenizer).meta["prefixes"]
-                new = folder / "stage2" / name
-                write_source(new, {}, prefixes, tokenizer, stored=[old], keep=kept)
+                source, new = Source(old, tokenizer), folder / "stage2" / name
+                write_source(new, {}, source.meta["prefixes"], tokenizer, stored=[old], keep=kept)
+                if source.weight != 1:
+                    path = new / "meta.json"
+                    write_json(path, {**read_json(path), "weight": source.weight})
         if not any(folder.glob("stage2/*/meta.json")):
             raise InputError(f"the judge {options.judge} keeps no pair of stage 2")
         write_json(folder / "meta.json", meta)

@@ -97,7 +97,7 @@ class Source:
         self.name, self.meta = folder.name, read_json(folder / "meta.json")
         try:
             self.rows, dtype, prefixes = (self.meta[key] for key in ("rows", "dtype", "prefixes"))
-            tokens = self.meta["tokens"]
+            tokens, self.weight = self.meta["tokens"], float(self.meta.get("weight", 1))
             self.columns = {n: Column(folder, n, dtype, tokens[n], tokenizer) for n in tokens}
             self.prefixes = {
                 name: tokenizer.encode(prefix, add_special_tokens=False).ids
@@ -212,7 +212,7 @@ class PairBatches:
         self.sources, self.batch_size, self.seed = sources, batch_size, seed
         # at least one of each source, unless it is empty
         self.whole = np.array([max(len(s) // batch_size, min(1, len(s))) for s in sources], int)
-        self.weights = read_weights(weights, {s.name: s.meta.get("weight", 1.0) for s in sources})
+        self.weights = read_weights(weights, {s.name: s.weight for s in sources})
         batches = np.round(self.whole * list(self.weights.values())).astype(int)
         self.source_of = np.repeat(np.arange(len(sources)), batches)  # batch of an epoch -> source
         if len(self.source_of) == 0:
