@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -160,6 +161,8 @@ def bm25(documents, split_identifiers=False, k=100):
     Returns a function: queries -> numbers of documents (n, k), best first, -1 where no more of them
     share a word with the query. split_identifiers: read_csv is also `read` and `csv`, as our
     tokenizer reads it; the stronger baseline on code."""
+    # where jax is installed, bm25s would have it reserve most of a GPU's memory
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import bm25s
 
     def words(texts):
@@ -172,7 +175,6 @@ def bm25(documents, split_identifiers=False, k=100):
     index.index(known, show_progress=False)
 
     def rank(queries):
-        # not with jax, which would take most of a GPU's memory where it is installed
         quiet = {"show_progress": False, "backend_selection": "numpy"}
         found = index.retrieve(words(queries), k=k, **quiet)
         return np.where(found.scores > 0, found.documents, -1)
