@@ -210,10 +210,13 @@ class PairBatches:
 
     def __init__(self, sources, batch_size, seed, weights=""):
         self.sources, self.batch_size, self.seed = sources, batch_size, seed
-        # at least one of each source, unless it is empty
-        self.whole = np.array([max(len(s) // batch_size, min(1, len(s))) for s in sources], int)
         self.weights = read_weights(weights, {s.name: s.weight for s in sources})
-        batches = np.round(self.whole * list(self.weights.values())).astype(int)
+        rows, weight = np.array([len(s) for s in sources]), np.array([*self.weights.values()])
+        least = np.minimum(1, rows)  # batches of a source, unless it is empty
+        self.whole = np.maximum(rows // batch_size, least)
+        # a source that is smaller than a batch counts by its rows
+        batches = np.round(np.minimum(self.whole, rows / batch_size) * weight).astype(int)
+        batches = np.where(weight > 0, np.maximum(batches, least), 0)
         self.source_of = np.repeat(np.arange(len(sources)), batches)  # batch of an epoch -> source
         if len(self.source_of) == 0:
             raise InputError(f"the sources {', '.join(s.name for s in sources)} have no rows")
