@@ -156,31 +156,24 @@ def mine_hard_negatives(query, document, right, found, known, margin=1.0):
 # Mining a source
 
 
-class Answers:
+def marked_answers(source, query_tokens, document_tokens):
     """Which documents are right for a query, as far as the pairs of a source say. The same text may
     stand in several rows, and what any equal query has as its answer is no negative.
 
-    first (m,): a row with each different document; right (n,): which of these m documents each row
-    has. Texts are compared as the model reads them, truncated."""
+    Returns first (m,): a row with each different document; right (n,): which of these m documents
+    each row has; and for each row the set of those that answer its query. Texts are compared as the
+    model reads them, truncated."""
 
-    def __init__(self, source, query_tokens, document_tokens):
-        def numbers(column, tokens):
-            rows = range(len(source))
-            return distinct(source.texts(column, [i], tokens)[0].tobytes() for i in rows)
+    def numbers(column, tokens):
+        rows = range(len(source))
+        return distinct(source.texts(column, [i], tokens)[0].tobytes() for i in rows)
 
-        _, self.query = numbers("query", query_tokens)
-        self.first, self.right = numbers("document", document_tokens)
-        self.pairs = np.unique(self.query * len(self.first) + self.right)
-
-    def known(self, rows, found):
-        """Which of the documents found (b, k) are marked as answers to the queries of rows (b,)."""
-        return np.isin(self.query[rows][:, None] * len(self.first) + found, self.pairs)
-
-    def of(self, row):
-        """The numbers of all documents that are marked as answers to the query of a row."""
-        start = self.query[row] * len(self.first)
-        begin, end = np.searchsorted(self.pairs, [start, start + len(self.first)])
-        return self.pairs[begin:end] - start
+    queries, query = numbers("query", query_tokens)
+    first, right = numbers("document", document_tokens)
+    answers = [set() for _ in queries]
+    for number, document in zip(query, right.tolist(), strict=True):
+        answers[number].add(document)
+    return first, right, [answers[number] for number in query]
 
 
 def fill_up(negatives, count, documents, answers, rng):
@@ -206,15 +199,15 @@ def mine_source(model, source, config):
     """The negatives of each row (n, k) as rows of the source, hardest first, -1 where there are no
     more. Documents and queries are shared out among the processes; all hold the embeddings of all
     documents: 5 GB for the paper's 1.7 million."""
-    answers = Answers(source, config.query_tokens, config.document_tokens)
-    documents, width = len(answers.first), max(config.mined, config.negatives)
+    first, right, answers = marked_answers(source, config.query_tokens, config.document_tokens)
+    documents, width = len(first), max(config.mined, config.negatives)
 
     def embeddings_of(column, rows, tokens):
         texts = source.texts(column, rows, tokens)
         return embed(model, texts, config.micro_batch_tokens).float().cpu().numpy()
 
     document = distributed.compute_in_shares(
-        lambda rows: embeddings_of("document", answers.first[list(rows)], config.document_tokens),
+        lambda rows: embeddings_of("document", first[list(rows)], config.document_tokens),
         (documents, model.config.hidden_size),
         torch.float32,
     ).numpy()
@@ -224,13 +217,13 @@ def mine_source(model, source, config):
         query = embeddings_of("query", rows, config.query_tokens)
         # one more than asked for: the right document is among them
         _, found = top_k(query, document, min(width + 1, documents), device=model.device)
-        known, right = answers.known(rows, found), answers.right[rows]
-        mined = mine_hard_negatives(query, document, right, found, known, config.margin)
+        known = np.array([[d in answers[r] for d in f] for r, f in zip(rows, found, strict=True)])
+        mined = mine_hard_negatives(query, document, right[rows], found, known, config.margin)
         mined = np.pad(mined, ((0, 0), (0, width)), constant_values=-1)[:, :width]
         for i in np.flatnonzero((mined >= 0).sum(1) < config.negatives):
             rng = np.random.default_rng([config.seed, rows[i]])
-            mined[i] = fill_up(mined[i], config.negatives, documents, answers.of(rows[i]), rng)
-        return np.where(mined < 0, -1, answers.first[mined])
+            mined[i] = fill_up(mined[i], config.negatives, documents, answers[rows[i]], rng)
+        return np.where(mined < 0, -1, first[mined])
 
     shape = (len(source), width)
     mined = distributed.compute_in_shares(negatives_of, shape, torch.int64).numpy()
