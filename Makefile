@@ -1,7 +1,7 @@
 # From a fresh clone: `make demo` trains a model and searches with it, `make own TEXT=folder` does the same with a folder
-# of Markdown, reStructuredText or plain text added to the embedded data, `make lab` prepares the lab (lab/README.md),
-# `make test` runs the tests. Each command may be repeated: what is finished is not done again, and what was interrupted
-# continues. The README has the plain commands.
+# of Markdown, reStructuredText or plain text added to the built-in data, `make lab` prepares the lab (lab/README.md),
+# `make test` runs the tests. Each command may be repeated: finished data and training are not done again, and interrupted
+# training continues; scores and pictures are made anew. The README has the plain commands.
 
 PYTHON ?= python3
 BIN := .venv/bin

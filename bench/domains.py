@@ -5,7 +5,7 @@
     python bench/domains.py SOURCES --notes=100 --stages=contrastive,finetune    # without stage 1
 
 A model that was trained on Python alone searches other text; then `make own` trains one on that
-text and the embedded documentation, with the commands of the Makefile. SOURCES has the public data:
+text and the built-in documentation, with the commands of the Makefile. SOURCES has the public data:
 
     legal       retrieval/policyqa: questions about privacy policies
     science     retrieval/scifact-train: claims, and the abstracts that they come from

@@ -1,6 +1,6 @@
 """What each part of the paper adds: tables of runs with one part left out or changed.
 
-    python bench/experiments.py ladder               # the stages, on the embedded documentation
+    python bench/experiments.py ladder               # the stages, on the built-in documentation
     python bench/experiments.py miniature SOURCES    # the paper in miniature, on public data
 
 Each run leaves its scores in OUT/scores, and OUT/report.md is written after every row. The same

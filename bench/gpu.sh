@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What can be said on one GPU in about ten minutes: attention against float64, the stages with two
+# What can be said on one GPU (the first five commands take four minutes): attention against float64, the stages with two
 # models, eager and compiled, memory of large batches, encode and training steps against transformers
 # and sentence-transformers. Prints everything, and appends it to docs/gpu.md.
 #

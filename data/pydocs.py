@@ -1,4 +1,4 @@
-"""The embedded data set: the documentation of the Python that runs this file.
+"""The built-in data set: the documentation of the Python that runs this file.
 
 Every machine that can train nanoEmbed holds some 20 MB of documentation: the docstrings of the
 standard library, of torch, numpy, tokenizers, tqdm and of what torch needs. Nothing is downloaded,
@@ -258,7 +258,7 @@ def make_if_missing(folder):
         if str(folder) != DEFAULT:
             raise InputError(
                 f"{folder} is not a data folder: python data/pydocs.py --out={folder} makes one of "
-                "the embedded data, data/folder.py or data/pairs.py of your own"
+                "the built-in data, data/folder.py or data/pairs.py of your own"
             )
         print(f"{folder} is missing: preparing it, as python data/pydocs.py does", flush=True)
         prepare(Options())

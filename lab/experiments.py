@@ -2,7 +2,7 @@
 
 Each experiment trains two models, or reads with one in two ways, and scores both on the same
 held-out queries. `python lab/lab.py experiment bands` writes the mean and the standard deviation of
-each difference over five seeds to lab/bands.json, or of those that are named behind it.
+each difference over five seeds to lab/bands.json; `experiment bands NAME ...` only measures these.
 """
 
 import dataclasses
@@ -154,7 +154,7 @@ def run(options, words):
     if BANDS.is_file() and name in (bands := read_json(BANDS)):
         band = bands[name]
         low, high = (band["mean"] + sign * 3 * band["deviation"] for sign in (-1, 1))
-        print(f"with {len(band['seeds'])} other seeds: {low:+.3f} to {high:+.3f}")
+        print(f"over {len(band['seeds'])} seeds, the mean ± 3 deviations: {low:+.3f} to {high:+.3f}")
     return {"predicted": predicted, **found}
 
 
