@@ -10,7 +10,8 @@ the paper uses 235 million such pairs.
     torchrun --nproc-per-node=2 contrastive.py --init=out/mlm       # two processes, same result
     torchrun --nproc-per-node=8 contrastive.py --preset=paper --init=out/mlm --data=DIR
 
-Three things make it work:
+Shapes: b queries of this process, M documents of all processes, E dimensions of an embedding (C, or
+fewer with Matryoshka). Three things make it work:
 - the loss, InfoNCE: choose the right document among all documents of the batch
 - large batches, with more to choose from. GradCache computes them in pieces, with the exact
   gradient
@@ -57,12 +58,12 @@ class Config:
     trained_length: int = 128  # tokens; Dynamic NTK is for longer texts [4, 1e6]
 
     batch_size: int = 512  # pairs in a step, over all processes: the documents to choose from
-    weights: str = ""  # faq=2,halves=0.5: how often an epoch has a source; else as the data says
+    weights: str = ""  # faq=2,halves=0.5: repeats of a source in an epoch; empty: as the data says
     query_tokens: int = 48  # queries are truncated to this length [3, 1e6]
     document_tokens: int = 64  # documents are truncated to this length [3, 1e6]
     temperature: float = 0.02  # divides the cosines: a logit scale of 50, fixed [code] [0.001, 100]
-    micro_batch_tokens: int = 4096  # tokens that go through the model at once: what a cache holds
-    tokens_in_memory: int = 65_536  # larger batches, in each process, use GradCache [0, 1e9]
+    micro_batch_tokens: int = 4096  # tokens in one pass through the model: what fits a CPU's cache
+    tokens_in_memory: int = 65_536  # a process with more tokens in a step uses GradCache [0, 1e9]
 
     steps: int = 200  # optimizer steps
     lr: float = 2e-3  # peak; 3e-3 from random weights, 3e-4 after a long stage 1 [0, 1000]
@@ -134,8 +135,8 @@ def info_nce(query, document, temperature, first=0, keys=None):
     -log softmax(cosines with all documents / temperature)[the right one].
 
     query (b, E), document (M, E), at unit length. Document first + i is the right one for query i,
-    all others are negatives. Identical embeddings give exactly ln M for each query. keys (M,): see
-    without_copies."""
+    all others are negatives. keys (M,): equal for equal documents; copies of the right one then are
+    no negatives. Without keys, identical embeddings give ln M for each query."""
     logits = query @ document.T / temperature  # (b, M)
     right = torch.arange(first, first + len(query), device=query.device)
     logits = logits if keys is None else without_copies(logits, right, keys)
@@ -169,9 +170,9 @@ def info_nce_in_blocks(query, document, temperature, first=0, keys=None, logits_
 class Gather(torch.autograd.Function):
     """The rows of all processes, with gradients: (b, E) -> (world * b, E).
 
-    What the queries of every process say about a document flows back to the process that encoded
-    it. Without that the gradient has another direction, and nothing reports it
-    (tests/test_contrastive.py shows it)."""
+    A document's gradient comes from the queries of all processes. backward adds these parts up and
+    gives each process the gradient of its own rows. With a gather that has no gradient, training
+    still runs, without an error, in a wrong direction (tests/test_contrastive.py)."""
 
     @staticmethod
     def forward(ctx, x):
@@ -181,12 +182,13 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)  # each process knows a part of the gradient of every row
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(x):
+    """(b, E) -> (world * b, E) with several processes; the same with one."""
     return Gather.apply(x) if dist.is_initialized() else x
 
 
@@ -229,8 +231,8 @@ def grad_cache(model, texts, loss_of, micro_batch_tokens):
 
 
 def backward_batch(model, texts, loss_of, config):
-    """The loss of a batch, its gradient added to the weights: through GradCache, unless the
-    activations of the whole batch fit in memory."""
+    """Backpropagates the loss of a batch and returns it. Uses GradCache if the texts have more than
+    config.tokens_in_memory tokens, too many to keep the activations of all."""
     if sum(map(len, texts)) > config.tokens_in_memory:
         return grad_cache(model, texts, loss_of, config.micro_batch_tokens)
     loss = loss_of(embed(model, texts, config.micro_batch_tokens))

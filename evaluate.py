@@ -35,13 +35,7 @@ import torch
 from common.card import TITLES, write_card
 from common.checkpoint import find_checkpoint
 from common.device import best_device
-from common.files import (
-    fingerprint,
-    read_json,
-    read_json_lines,
-    write_arrays,
-    write_json,
-)
+from common.files import fingerprint, read_json, read_json_lines, write_arrays, write_json
 from common.options import InputError, cli, read_options, split_words
 from data.store import Sequences, Source
 from data.tasks import PREFIXES, read_scored_pairs, read_task, splits_of
@@ -56,14 +50,14 @@ class Options:
     data: str = "out/pydocs"  # a data folder
     out: str = "out"  # where the stages' runs are; results.json and pictures go there too
     model: str = ""  # a checkpoint directory or a name on the hub; empty: the last stage trained
-    split: str = "test"  # held-out modules of the ladder: test, or dev while tuning
+    split: str = "test"  # held-out texts of ladder, probe and map: test, or dev while tuning
     max_tokens: int = 0  # texts are truncated to this, at least 3; 0: the trained length [0, 1e6]
     dims: int = 0  # sts, retrieval, mteb: the first dimensions only (Matryoshka); 0: all [0, 1e6]
-    rope_factor: float = 0.0  # sts, retrieval, mteb: Dynamic NTK's s, from 1; 0: as saved [0, 1000]
+    rope_factor: float = 0.0  # not ladder, long: Dynamic NTK's s, from 1; 0: as saved [0, 1000]
     model_only: bool = False  # search: without BM25
     tasks: str = ""  # mteb: names of tasks and benchmarks, such as "MTEB(Law, v1),SciFact"
     languages: str = ""  # mteb: of tasks in several, such as deu,eng; empty: all of them
-    seed: int = 0  # of the random weights [0, 1e18]
+    seed: int = 0  # of the random weights and of the map [0, 1e18]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -104,9 +98,11 @@ METRICS = {
 def pearson(x, y):
     """Correlation: sum (x - mean x)(y - mean y) over the product of their lengths; -1 to 1.
     Where all x or all y are equal it is not defined: None."""
-    x, y = np.asarray(x, float) - np.mean(x), np.asarray(y, float) - np.mean(y)
-    lengths = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / lengths) if lengths else None
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if x.min() == x.max() or y.min() == y.max():
+        return None
+    x, y = x - x.mean(), y - y.mean()
+    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
 def ranks(x):
@@ -117,7 +113,8 @@ def ranks(x):
 
 
 def spearman(x, y):
-    """Pearson's correlation of the ranks: nothing makes a cosine grow in proportion to a score."""
+    """Pearson's correlation of the ranks: only the order counts, because a cosine need not grow in
+    proportion to a score."""
     return pearson(ranks(x), ranks(y))
 
 
@@ -135,9 +132,9 @@ def summary(values):
 def top_k(query, document, k, block=(4096, 8192), device="cpu"):
     """The k largest inner products of each query, exactly.
 
-    query (n, E), document (m, E) -> scores (n, k) and numbers of documents (n, k), best first; of m
-    documents, if m < k. Only `block` queries times documents are compared at a time, and the best
-    so far are kept, so that memory does not grow with their product."""
+    query (n, E), document (m, E) -> scores and numbers of documents, both (n, min(k, m)), best
+    first. Scores are computed for one block of queries and documents at a time, so that memory does
+    not grow with n * m."""
     k, found = min(k, len(document)), []
     for i in range(0, len(query), block[0]):
         q = torch.as_tensor(query[i : i + block[0]]).to(device)  # (b, E)
@@ -196,19 +193,6 @@ def fuse(rankings, k=100):
     return fused
 
 
-def distinct(keys):
-    """Numbers for things that repeat, such as a document that answers several queries.
-
-    keys: bytes of each of n things -> first (m,), where each different one stands for the first
-    time; number (n,), which of these m each thing is."""
-    seen, first, number = {}, [], []
-    for i, key in enumerate(keys):
-        number.append(seen.setdefault(hash(key), len(seen)))  # 64 bits of it save memory
-        if len(seen) > len(first):
-            first.append(i)
-    return np.array(first, np.int64), np.array(number, np.int64)
-
-
 class Retrieval:
     """One split of a task in the BEIR layout (data/tasks.py)."""
 
@@ -235,18 +219,21 @@ class Retrieval:
     @classmethod
     def open_all(cls, data, split, **sample):
         """The retrieval tasks of a data folder, in the order of their names."""
-        folders = sorted(Path(data, "retrieval").glob("*/"))
+        folders = sorted(path for path in Path(data, "retrieval").glob("*") if path.is_dir())
         if not folders:
             raise InputError(f"no retrieval tasks in {data}: python data/pydocs.py makes some")
         return [cls(folder, split, **sample) for folder in folders]
 
-    def rank(self, model, max_tokens, k=100, dims=None):
-        """Each query's k best documents (n, k), best first."""
-        query, document = (
+    def embed(self, model, max_tokens, dims=None):
+        """Embeddings of the queries (n, E) and of the documents (m, E), with their prefixes."""
+        return tuple(
             model.encode([self.prefixes[side] + text for text in texts], max_tokens, dims)
             for side, texts in (("query", self.queries), ("document", self.documents))
         )
-        return top_k(query, document, k)[1]
+
+    def rank(self, model, max_tokens, k=100, dims=None):
+        """Each query's k best documents (n, k), best first."""
+        return top_k(*self.embed(model, max_tokens, dims), k)[1]
 
     def rank_bm25(self, split_identifiers=False):
         """The same by BM25: (n, k), best first, -1 where nothing more was found."""
@@ -259,18 +246,18 @@ class Retrieval:
 
 
 def dev_scores(model, tasks, max_tokens, number):
-    """For the log of a run: nDCG@10 of each task and their mean. For a person: a query, another one
-    for each number of an evaluation, and what it finds."""
+    """nDCG@10 of each task and their mean, for the log; and a sample to read: a query of the last
+    task (another one for each `number`) and the three documents that it finds first."""
     scores = {}
     for task in tasks:
         rankings = task.rank(model, max_tokens)
         scores[f"dev_{task.name}"] = float(np.mean(task.scores(rankings)["nDCG@10"]))
-    shown = number % len(task.queries)
+    place = number % len(task.queries)
     found = [
-        ("-> " if i in task.relevant[shown] else "   ") + " ".join(task.documents[i].split())[:90]
-        for i in rankings[shown, :3]
+        ("-> " if i in task.relevant[place] else "   ") + " ".join(task.documents[i].split())[:90]
+        for i in rankings[place, :3]
     ]
-    sample = "\n    ".join([f"{task.queries[shown]} (-> marks the right one)", *found])
+    sample = "\n    ".join([f"{task.queries[place]} (-> marks the right one)", *found])
     return {"dev_ndcg": float(np.mean(list(scores.values()))), **scores}, sample
 
 
@@ -300,7 +287,7 @@ def ladder(options):
         both = [fuse(pair) for pair in zip(matched, rankings, strict=True)]
         rows["the last and BM25 together"] = ladder_row("the last and BM25 together", tasks, both)
     save_results(options.out, "ladder", rows)
-    if Path(options.out, "mlm").is_dir():
+    if "mlm" in trained_stages(options.out):
         masked = NomicBertForMaskedLM.from_pretrained(f"{options.out}/mlm", device=best_device())
         folder = f"{options.data}/stage1/{options.split}"
         texts = Sequences(folder, masked.bert.tokenizer, masked.config.trained_length)
@@ -312,6 +299,7 @@ def ladder(options):
 
 
 def shown(score):
+    """0.412 ±0.013, from a summary."""
     error = "" if score["error"] is None else f" ±{score['error']:.3f}"
     return f"{score['mean']:.3f}{error}"
 
@@ -336,8 +324,9 @@ def trained_stages(out):
 
 
 def models_of(options):
-    """(name of the row, model, its directory): word vectors alone and stage 2 from random weights,
-    where OUT has them; random weights; and each stage that was trained."""
+    """(name of the row, model, its directory) of word vectors alone and of stage 2 from random
+    weights, where OUT has them; of random weights, whose directory is None; and of each stage that
+    was trained. Raises InputError where none was."""
     trained = trained_stages(options.out)
     if not trained:
         raise InputError(f"nothing was trained in {options.out}: python mlm.py, or make demo")
@@ -387,12 +376,14 @@ def scalings(times):
 def long(options, times=(1, 2, 4, 8, 16)):
     """Masked accuracy after stage 1, and retrieval of long documents by the last stage's model, at
     1, 2, ... 16 times the trained length, or as far as --max-tokens. With --model both are of that
-    checkpoint, the first one if it has a head for masked tokens."""
-    encoder, directory, _ = open_model(options)
+    checkpoint; masked accuracy only if it has an MLM head."""
+    encoder, directory, _ = chosen_model(options)
     length, masked, windows = encoder.config.trained_length, None, []
     times = [n for n in times if n * length <= (options.max_tokens or math.inf)]
-    longest = length * max(times, default=1)
-    try:  # a checkpoint of stage 2 or 3 has no such head
+    if not times:
+        raise InputError(f"--max-tokens={options.max_tokens}: the trained length is {length}")
+    longest = length * times[-1]
+    try:  # a checkpoint of stage 2 or 3 has no MLM head
         head = directory if options.model else f"{options.out}/mlm"
         masked = NomicBertForMaskedLM.from_pretrained(head, device=best_device())
         column = Source(f"{options.data}/stage1/long", masked.bert.tokenizer).columns["document"]
@@ -440,7 +431,7 @@ def last_stage(out):
     return Path(out, trained_stages(out)[-1])
 
 
-def open_model(options):
+def chosen_model(options):
     """(model, its directory, the length that texts are truncated to)."""
     directory = find_checkpoint(options.model) if options.model else last_stage(options.out)
     factor = options.rope_factor or None
@@ -453,7 +444,7 @@ def sts(options, path):
 
     Both sentences take the prefix of classification, as in the paper (sec. 5.2.1)."""
     first, second, scores = read_scored_pairs(path)
-    model, directory, length = open_model(options)
+    model, directory, length = chosen_model(options)
     x, y = (
         model.encode(
             [PREFIXES["classification"] + text for text in texts], length, options.dims or None
@@ -475,7 +466,7 @@ def retrieval(options, folder):
     if not splits:
         raise InputError(f"{folder} has no qrels/*.tsv: the layout of a task is in data/tasks.py")
     tasks = {split: Retrieval(folder, split) for split in splits}
-    model, directory, length = open_model(options)
+    model, directory, length = chosen_model(options)
     for split, task in tasks.items():
         sizes = f"{len(task.queries):,} queries, {len(task.documents):,} documents"
         print(f"{task.name}, {split}: {sizes}")
@@ -500,7 +491,7 @@ def mteb(options):
     from common.mteb_adapter import named_tasks, print_table, run_mteb
 
     tasks = named_tasks(options.tasks, options.languages.split(",") if options.languages else None)
-    model, directory, _ = open_model(options)
+    model, directory, _ = chosen_model(options)
     name = options.model or str(directory)
     rows = run_mteb(model, name, tasks, options.out, options.max_tokens, options.dims or None)
     scores = print_table(rows)
@@ -515,12 +506,11 @@ def mteb(options):
 # Search
 
 
-def index(model, directory, corpus, rows, max_tokens):
-    """Embeddings (n, E) of the rows of the file `corpus`, kept beside the checkpoint: to embed
-    them takes the time. A query then is one text through the model and one matrix product."""
-    key = " ".join(
-        [str(max_tokens), fingerprint(directory / "model.safetensors"), fingerprint(corpus)]
-    )
+def document_embeddings(model, directory, corpus, rows, max_tokens):
+    """Embeddings (n, E) of the rows of the file `corpus`, kept beside the checkpoint, because to
+    embed them takes minutes. A query then is one text through the model and one matrix product."""
+    files = (directory / "model.safetensors", corpus)
+    key = " ".join([str(max_tokens), str(model.rope), *map(fingerprint, files)])
     cache = directory / "nanoembed-search.npz"
     with contextlib.suppress(Exception):  # a damaged cache is made again
         kept = np.load(cache)
@@ -539,7 +529,7 @@ def search(options, query=None):
     empty line."""
     if query is not None and not query.strip():
         raise InputError('the query is empty: python evaluate.py search "how do I read a csv file"')
-    model, directory, length = open_model(options)
+    model, directory, length = chosen_model(options)
     corpus = Path(options.data, "search", "corpus.jsonl")
     if not corpus.is_file():
         raise InputError(f"{corpus} is missing: python data/pydocs.py makes out/pydocs")
@@ -550,7 +540,8 @@ def search(options, query=None):
         rows.append(row)
     if not rows:
         raise InputError(f"{corpus} has no documents")
-    embeddings, match = index(model, directory, corpus, rows, length), None
+    embeddings = document_embeddings(model, directory, corpus, rows, length)
+    match = None
     if importlib.util.find_spec("bm25s") and not options.model_only:
         print(
             "ranked by the model and BM25 together; --model-only leaves BM25 out", file=sys.stderr
@@ -560,7 +551,7 @@ def search(options, query=None):
         query_embedding = model.encode([PREFIXES["query"] + asked])  # (1, E)
         numbers = top_k(query_embedding, embeddings, k=100)[1]
         numbers = fuse([numbers, match([asked])]) if match else numbers
-        for number in numbers[0, :10]:
+        for number in numbers[0][numbers[0] >= 0][:10]:  # -1: no more were found
             row, cosine = rows[number], float(embeddings[number] @ query_embedding[0])
             text = " ".join(row["text"].removeprefix(row["_id"]).split())
             print(f"{cosine:.3f}  {row['_id']}\n       {text[:90]}")
@@ -584,15 +575,17 @@ def alignment(query, document):
 
 
 def uniformity(x):
-    """log of the mean of exp(-2 * squared distance) over all pairs of x (n, E): -4 to 0, small
-    where embeddings are spread over the whole sphere."""
+    """log of the mean of exp(-2 * squared distance) over all pairs of x (n, E): at most 0,
+    and about -4 where many embeddings are spread over the whole sphere."""
     distances = 2 - 2 * x @ x.T
     return float(np.log(np.exp(-2 * distances[~np.eye(len(x), dtype=bool)]).mean()))
 
 
 def map_of(options, size=2000, queries=3):
-    """The same documents under each model, projected to the plane: name of the model -> points
-    (n, 2), whose last ones are queries, what each query finds first, alignment and uniformity."""
+    """The same documents under each model, projected to the plane. Returns
+    panels: name of the model -> points (n + queries, 2), documents first; what each query finds
+    first; alignment; uniformity. groups: the package of each document. queries: the texts of the
+    queries. right: the number of the document that answers each."""
     from sklearn.manifold import TSNE
 
     task = Retrieval.open_all(options.data, options.split, pool=size)[0]
@@ -601,12 +594,7 @@ def map_of(options, size=2000, queries=3):
     groups = [re.split(r"[./#]", name)[0].lstrip("_") for name in task.names]
     panels = {}
     for name, model, _ in models_of(options):
-        document, query = (
-            model.encode(
-                [task.prefixes[side] + text for text in texts], model.config.trained_length
-            )
-            for side, texts in (("document", task.documents), ("query", task.queries))
-        )
+        query, document = task.embed(model, model.config.trained_length)
         perplexity = min(30, len(document) // 3)  # roughly how many neighbours a point should have
         settings = {"metric": "cosine", "max_iter": 500, "random_state": options.seed}
         panels[name] = {
@@ -617,8 +605,8 @@ def map_of(options, size=2000, queries=3):
             "alignment": alignment(query, document[right]),
             "uniformity": uniformity(document),
         }
-    about = {"queries": [task.queries[i] for i in asked], "right": right[asked]}
-    return {"panels": panels, "groups": groups, **about}
+    queries = [task.queries[i] for i in asked]
+    return {"panels": panels, "groups": groups, "queries": queries, "right": right[asked]}
 
 
 def probe(options, groups=8, each=150):
@@ -642,8 +630,8 @@ def probe(options, groups=8, each=150):
     )
     queries = rng.permutation(len(task.queries))[: len(rows)]
     texts = [task.documents[i] for i in rows] + [task.queries[i] for i in queries]
-    largest = counts[np.isin(named, chosen)].clip(max=each).max() / len(rows)
-    print(f"package: {len(rows)} texts of {len(chosen)}, {largest:.0%} of the largest")
+    largest = min(each, counts.max()) / len(rows)
+    print(f"package: {len(rows)} texts of {len(chosen)}, {largest:.0%} of them of the largest")
     print(f"kind: {len(rows)} bodies, {len(queries)} summaries")
     print(f"\n{'accuracy':28}{'package':>16}{'kind':>16}")
     table = {}

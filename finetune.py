@@ -4,9 +4,8 @@ The other documents of a batch are easy to tell from the right one: most are abo
 Once a model can do that, what is left to learn are the near misses. The model finds them itself:
 search all documents with each query; what ranks high and is not the answer is a hard negative.
 
-Hard, and negative: some near misses are answers that nobody marked, and training against one
-teaches a falsehood. A document that scores as high as the marked one probably is one, and is
-dropped.
+But some near misses are correct answers that nobody marked, and training against them is wrong. A
+document that scores at least as high as the marked answer is probably one too, and is dropped.
 
     python finetune.py --init=out/contrastive                # from stage 2
     python finetune.py --init=out/contrastive --matryoshka   # embeddings that may be truncated
@@ -34,7 +33,7 @@ from common.options import InputError, cli, read_options
 from common.run import Run, adamw, set_lr
 from contrastive import backward_batch, embed, first_model, gather, info_nce_in_blocks
 from data import pydocs, store
-from evaluate import Retrieval, dev_scores, distinct, top_k
+from evaluate import Retrieval, dev_scores, top_k
 from model import SHAPES, training_flops
 
 
@@ -58,15 +57,15 @@ class Config:
 
     negatives: int = 1  # hard negatives of a query in a step, drawn from those mined [0, 1000]
     mined: int = 20  # documents nearest to a query, among which its negatives are [1, 10000]
-    margin: float = 1.0  # a document at this share of the right one's score is one too [0.01, inf]
+    margin: float = 1.0  # share of the right document's score that marks another answer [0.01, inf]
     batch_size: int = 512  # pairs in a step, over all processes
-    weights: str = ""  # faq=2,halves=0.5: how often an epoch has a source; else as the data says
+    weights: str = ""  # faq=2,halves=0.5: repeats of a source in an epoch; empty: as the data says
     query_tokens: int = 48  # queries are truncated to this length [3, 1e6]
     document_tokens: int = 64  # documents are truncated to this length [3, 1e6]
     temperature: float = 0.02  # divides the cosines: a logit scale of 50, fixed [code] [0.001, 100]
     matryoshka: bool = False  # train the first 64, 128, 256, ... dimensions as embeddings too
-    micro_batch_tokens: int = 4096  # tokens that go through the model at once: what a cache holds
-    tokens_in_memory: int = 65_536  # larger batches, in each process, use GradCache [0, 1e9]
+    micro_batch_tokens: int = 4096  # tokens in one pass through the model: what fits a CPU's cache
+    tokens_in_memory: int = 65_536  # a process with more tokens in a step uses GradCache [0, 1e9]
 
     steps: int = 50  # optimizer steps
     lr: float = 1e-3  # peak of the learning rate [0, 1000]
@@ -120,8 +119,9 @@ PRESETS = {
 
 def learning_rate(step, config):
     """Rises linearly for `warmup` steps, then falls linearly to 0."""
-    left = (config.steps - step) / max(1, config.steps - config.warmup)
-    return config.lr * min((step + 1) / max(1, config.warmup), left)
+    warmup = max(1, config.warmup)
+    left = (config.steps - step) / max(1, config.steps - warmup)
+    return config.lr * min((step + 1) / warmup, left)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,8 +129,8 @@ def learning_rate(step, config):
 
 
 def likely_answers(query, document, right, found, margin=1.0):
-    """Which documents that were found for a query are probably right: those that score as high as
-    its own or, at margin 0.95, not more than 5% below. At margin inf, none is.
+    """Which of the documents found for a query are probably answers: those that score at least as
+    high as its own document. Margin 0.95 adds those up to 5% below; margin inf finds none.
 
     query (b, E), document (m, E) at unit length; right (b,), found (b, k) numbers of documents
     -> bool (b, k)."""
@@ -166,21 +166,21 @@ def marked_answers(source, query_tokens, document_tokens):
 
     def numbers(column, tokens):
         rows = range(len(source))
-        return distinct(source.texts(column, [i], tokens)[0].tobytes() for i in rows)
+        return store.distinct(source.texts(column, [i], tokens)[0].tobytes() for i in rows)
 
-    queries, query = numbers("query", query_tokens)
+    different, query = numbers("query", query_tokens)
     first, right = numbers("document", document_tokens)
-    answers = [set() for _ in queries]
+    answers = [set() for _ in different]
     for number, document in zip(query, right.tolist(), strict=True):
         answers[number].add(document)
     return first, right, [answers[number] for number in query]
 
 
 def fill_up(negatives, count, documents, answers, rng):
-    """A row's negatives (k,), -1 where there is none, with random documents until there are
-    `count`, as in the released code. Marked answers are not drawn; unmarked ones may be.
+    """Adds random documents to a row's negatives (k,), where -1 means none, until there are
+    `count`, as in the released code. Marked answers are never drawn; unmarked ones may be.
 
-    Raises InputError where fewer than `count` documents are no marked answers."""
+    Raises InputError where fewer than `count` documents are left to draw from."""
     if documents - len(answers) < count:
         raise InputError(
             f"--negatives={count}: of {documents} different documents, {len(answers)} answer the "
@@ -229,7 +229,7 @@ def mine_source(model, source, config):
     mined = distributed.compute_in_shares(negatives_of, shape, torch.int64).numpy()
     distributed.print_once(
         f"{source.name}: {len(source):,} queries, {documents:,} different documents, "
-        f"{(mined >= 0).sum() / len(source):.1f} negatives mined for each query"
+        f"{(mined >= 0).sum() / max(1, len(source)):.1f} negatives mined for each query"
     )
     return mined
 
@@ -245,7 +245,7 @@ def mine(model, sources, config, run):
     with contextlib.suppress(Exception):  # damaged files raise many types
         kept = dict(np.load(path))
         if str(kept.pop("settings")) == settings:
-            mined = {source.name: kept[source.name] for source in without}
+            mined = {source.name: kept[f"of {source.name}"] for source in without}
     if not all(distributed.gather_objects(mined is not None)):
         if run.step:
             raise InputError(
@@ -254,15 +254,16 @@ def mine(model, sources, config, run):
             )
         mined = {source.name: mine_source(model, source, config) for source in without}
         if distributed.is_first():
-            write_arrays(path, {**mined, "settings": settings})
+            arrays = {f"of {name}": rows for name, rows in mined.items()}
+            write_arrays(path, {**arrays, "settings": settings})
     distributed.wait_for_all()
     return mined
 
 
 def choose_negatives(source, mined, row, count, max_tokens, rng):
-    """`count` hard negatives of a row, as token ids, drawn at random and anew in every epoch: its
-    own, where the source brings some, else mined ones. A row with fewer own ones gets random
-    documents of other rows besides."""
+    """Token ids of `count` hard negatives of a row, drawn anew in every step: the row's own, if the
+    source has some, else mined ones. A row with too few of its own also gets random documents of
+    other rows. Raises InputError where nearly all rows have its document."""
     if source.name in mined:
         rows = mined[source.name][row]
         rows = rng.choice(rows[rows >= 0], count, replace=False)
@@ -272,14 +273,16 @@ def choose_negatives(source, mined, row, count, max_tokens, rng):
     (right,) = source.texts("document", [row], max_tokens)
     for other in rng.integers(len(source), size=100 + count):
         if len(texts) == count:
-            return texts
+            break
         (text,) = source.texts("document", [other], max_tokens)
         if not np.array_equal(text, right):
             texts.append(text)
-    raise InputError(
-        f"{source.name}: row {row} has {len(own)} negatives, and nearly all rows have its "
-        f"document: lower --negatives={count}"
-    )
+    if len(texts) < count:
+        raise InputError(
+            f"{source.name}: row {row} has {len(own)} negatives, and nearly all rows have its "
+            f"document: lower --negatives={count}"
+        )
+    return texts
 
 
 # ------------------------------------------------------------------------------------------------
@@ -287,13 +290,14 @@ def choose_negatives(source, mined, row, count, max_tokens, rng):
 
 
 def matryoshka_sizes(hidden_size):
-    """64, 128, 256 and 512 as far as they are smaller, and the full size (v1.5, of 768)."""
+    """64, 128, 256 and 512, as far as they are below hidden_size, and hidden_size: of 768, those of
+    nomic-embed-text-v1.5."""
     return [size for size in (64, 128, 256, 512) if size < hidden_size] + [hidden_size]
 
 
 def matryoshka_loss(query, document, temperature, first, sizes, keys=None):
-    """InfoNCE of the first dimensions, for each of the sizes, all with weight 1: so the beginning
-    of an embedding becomes one. (v1.5 also subtracts each embedding's mean before.)"""
+    """InfoNCE of the first `size` dimensions, summed over the sizes with weight 1, so that the
+    first dimensions alone are an embedding. (v1.5 applies a LayerNorm to each embedding before.)"""
     loss = 0.0
     for size in sizes:
         q, d = F.normalize(query[:, :size], dim=-1), F.normalize(document[:, :size], dim=-1)
@@ -316,13 +320,14 @@ def main(arguments):
     sources = store.open_sources(f"{config.data}/stage3", model.tokenizer)
     pairs = store.PairBatches(sources, config.batch_size, config.seed, config.weights)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
-    if config.negatives >= (smallest := min(map(len, sources))):
+    if config.negatives >= (smallest := min(len(s) for s in sources if len(s))):
         raise InputError(f"--negatives={config.negatives}: the smallest source has {smallest} rows")
     betas, eps = (0.9, 0.999), 1e-8
     optimizer = adamw(model, config.lr, config.weight_decay, betas, eps)
     run.begin(model, optimizer, **model.about(), **pairs.about())
     mined = mine(model, sources, config, run) if config.negatives else {}
-    share, negatives = config.batch_size // world, config.negatives  # pairs of this process
+    share = config.batch_size // world  # pairs of this process
+    negatives = config.negatives
     size = model.config.hidden_size
     sizes = matryoshka_sizes(size) if config.matryoshka else [size]
 
@@ -338,7 +343,7 @@ def main(arguments):
             texts += choose_negatives(source, mined, row, negatives, config.document_tokens, rng)
         return source.name, texts, store.text_keys(texts[share:])
 
-    def loss_of(keys, embeddings):  # (share + share * negatives,), (2 * share + ..., E)
+    def loss_of(keys, embeddings):  # (share * (1 + negatives),), (share * (2 + negatives), E)
         query, *candidates = embeddings.tensor_split([share, 2 * share])
         candidates = torch.cat([gather(part) for part in candidates])  # of all processes
         keys = torch.cat([gather(part) for part in keys.tensor_split([share])])

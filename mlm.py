@@ -49,7 +49,7 @@ class Config:
     seq_len: int = 128  # tokens of a sequence; Dynamic NTK is for longer texts [4, 1e6]
     mask_probability: float = 0.30  # share of tokens to predict (sec. 4.1.2) [0.01, 0.99]
     batch_size: int = 16  # sequences in a step, over all processes [1, 1e6]
-    micro_batch_tokens: int = 4096  # tokens that go through the model at once: what a cache holds
+    micro_batch_tokens: int = 4096  # tokens in one pass through the model: what fits a CPU's cache
 
     steps: int = 1600  # optimizer steps
     lr: float = 2e-3  # peak of the learning rate; small models need a larger one [0, 1000]
@@ -107,10 +107,10 @@ def learning_rate(step, config):
 def mask_tokens(tokens, probability, rng, mask_id, special_ids, vocab_size):
     """Chooses tokens to predict, and hides them (Devlin et al., arXiv 1810.04805, sec. 3.1).
 
-    tokens (L,) -> inputs (L,), chosen (L,) bool. Special tokens are never chosen. Of the chosen
+    tokens (L,) -> inputs (L,), chosen (L,) bool. special_ids are never chosen. Of the chosen
         80% become [MASK];
-        10% become a random token, so that the model cannot rely on the tokens it sees;
-        10% stay, so that a token it sees may be the answer: later stages have no [MASK]."""
+        10% become a random token, so that a token that is no [MASK] may be wrong;
+        10% stay, so that the model must also encode what it sees: later stages have no [MASK]."""
     chosen = (rng.random(len(tokens)) < probability) & ~np.isin(tokens, special_ids)
     kind = rng.random(len(tokens))
     inputs = np.where(chosen & (kind < 0.8), mask_id, tokens)
@@ -130,13 +130,14 @@ class Masker:
     def __call__(self, texts, probability, seeds):
         """B id arrays and as many seeds -> packed inputs (N,), cu_seqlens (B + 1,), the positions
         of the chosen tokens (M,), and their ids (M,): the targets."""
-        masked = []
-        for text, seed in zip(texts, seeds, strict=True):
-            rng = np.random.default_rng(seed)
-            ids = (self.mask_id, self.special_ids, self.vocab_size)
-            masked.append(mask_tokens(text, probability, rng, *ids))
-        inputs, cu_seqlens = store.pack([inputs for inputs, _ in masked])
-        positions = np.flatnonzero(np.concatenate([chosen for _, chosen in masked]))
+        ids = (self.mask_id, self.special_ids, self.vocab_size)
+        masked = [
+            mask_tokens(text, probability, np.random.default_rng(seed), *ids)
+            for text, seed in zip(texts, seeds, strict=True)
+        ]
+        inputs, chosen = zip(*masked, strict=True)
+        inputs, cu_seqlens = store.pack(inputs)
+        positions = np.flatnonzero(np.concatenate(chosen))
         targets = np.concatenate(texts)[positions]
         return inputs, cu_seqlens, torch.from_numpy(positions), torch.from_numpy(targets)
 
@@ -153,9 +154,9 @@ def mlm_loss(logits, targets):
 
 
 def backward_in_chunks(model, batch, total, logits_in_memory=1 << 25):
-    """The same loss over `total`, with its gradient added to the weights: a chunk of logits at a
-    time. total: how many masked tokens the global batch has, so that micro-batches add up to its
-    mean loss.
+    """Adds the gradient of mlm_loss / total to the weights and returns that loss, with some rows of
+    the logits in memory at a time. total: the number of masked tokens in the global batch, so that
+    micro-batches add up to its mean loss.
 
     Logits (M, V) are the largest matrix of all: 2.4 GB for the 20,000 masked tokens of a
     micro-batch of the paper preset, and as much again for their gradient. So the head runs forward
@@ -183,7 +184,8 @@ def held_out_scores(model, texts, piece=None, micro_batch_tokens=8192):
     whether the most likely token is right (M,). 15% of the tokens are masked, as in the released
     code, and the same ones in every call. The third result is where in its text each one stands.
 
-    piece: reads each text in pieces of so many tokens, as if they were texts of their own."""
+    piece: reads each text in pieces of so many tokens, as if they were texts of their own; it must
+    divide the length of every text."""
     masker, losses, hits, places = Masker(model.bert.tokenizer), [], [], []
     for group in store.split_by_tokens([len(text) for text in texts], micro_batch_tokens):
         batch = masker([texts[i] for i in group], 0.15, [[int(i)] for i in group])
@@ -255,7 +257,7 @@ def main(arguments):
 
     for step, (micro_batches, masked) in run.steps(batch_of):
         optimizer.zero_grad()
-        masked = distributed.sum_over_processes(masked)
+        masked = max(1, distributed.sum_over_processes(masked))  # tiny batches may have none
         loss = 0.0
         for inputs, cu_seqlens, positions, targets in micro_batches:
             inputs, positions, targets = (

@@ -69,10 +69,11 @@ class ModelConfig:
 
     @classmethod
     def from_options(cls, options, vocab_size, trained_length):
-        """The shape that the options of a stage ask for."""
+        """The shape that a stage's options ask for. Raises InputError for an impossible one."""
         size, heads = options.hidden_size, options.num_attention_heads
-        if size % (2 * heads):
-            raise InputError(f"--hidden-size={size} does not make {heads} heads of even size")
+        if size % (2 * heads) or size < 4 * heads:
+            reason = f"does not make {heads} heads of even size, at least 4"
+            raise InputError(f"--hidden-size={size} {reason}")
         shape = {name: getattr(options, name) for name in (*SHAPE, "rope_base")}
         # matrix products are fastest with multiples of 64
         return cls(-(-vocab_size // 64) * 64, trained_length=trained_length, **shape)
@@ -119,7 +120,7 @@ class Segments:
 
     kernel: Callable | None  # reads cu_seqlens itself; None: PyTorch's own attention, by groups
     cu_seqlens: torch.Tensor  # (B + 1,) int32, on the device
-    longest: int  # tokens of the longest text, or more: kernels size their grid by it
+    longest: int  # for kernels: tokens of the longest text, or more
     groups: list  # (length, number of texts) of each run of texts of equal length
     order: torch.Tensor | None  # (N,) how to permute tokens so that equal lengths come together
 
@@ -127,7 +128,7 @@ class Segments:
 @functools.cache
 def varlen_kernel(device_type, dtype):
     """A kernel that reads cu_seqlens: flash-attn's, where that package is installed, else torch's.
-    None on a CPU and in full precision, where there is none."""
+    None on a CPU and for float32, for which there is no such kernel."""
     if device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     try:
@@ -152,28 +153,29 @@ def find_segments(cu_seqlens, kernel, device):
         by_length = np.argsort(-lengths, kind="stable")
         parts = [np.arange(host[i], host[i + 1]) for i in by_length]
         order = move_to_device(np.concatenate(parts), device)
-    values, counts = np.unique(-lengths, return_counts=True)
-    groups = [(-int(value), int(count)) for value, count in zip(values, counts, strict=True)]
-    return Segments(None, cu_seqlens, groups[0][0], groups, order)
+    values, counts = np.unique(lengths, return_counts=True)
+    groups = list(zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True))  # longest first
+    return Segments(None, cu_seqlens, 0, groups, order)
 
 
 def packed_attention(q, k, v, segments):
     """Attention within each text: (N, H, D) each -> (N, H, D)."""
     if segments.kernel is None:
         return grouped_attention(q, k, v, segments.groups)
-    texts, longest = segments.cu_seqlens, segments.longest  # the same for queries and keys
-    return segments.kernel(q, k, v, texts, texts, longest, longest)
+    starts, longest = segments.cu_seqlens, segments.longest  # the same for queries and keys
+    return segments.kernel(q, k, v, starts, starts, longest, longest)
 
 
 def grouped_attention(q, k, v, groups):
-    """PyTorch's own attention wants rectangles: texts of equal length share a call."""
+    """PyTorch's own attention needs texts of one length, so texts of equal length share a call.
+    groups: (length, number of texts); (N, H, D) each -> (N, H, D)."""
     outputs = []
-    sizes = [length * texts for length, texts in groups]
+    sizes = [length * count for length, count in groups]
     parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-    for (length, texts), part in zip(groups, parts, strict=True):
-        # (texts * length, H, D) each -> (texts, H, length, D)
-        rectangles = (x.view(texts, length, *x.shape[1:]).transpose(1, 2) for x in part)
-        outputs.append(attend(*rectangles).transpose(1, 2).flatten(0, 1))  # (texts * length, H, D)
+    for (length, count), part in zip(groups, parts, strict=True):
+        # (count * length, H, D) each -> (count, H, length, D)
+        rectangles = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in part)
+        outputs.append(attend(*rectangles).transpose(1, 2).flatten(0, 1))  # (count * length, H, D)
     return torch.cat(outputs)
 
 
@@ -324,8 +326,8 @@ class NomicBert(nn.Module):
         A task prefix such as "search_query: " is part of the text. Texts are truncated to
         max_tokens; beyond the trained length RoPE scales as `self.rope` says. dims: the first
         dimensions only, after Matryoshka; None is all. micro_batch_tokens: how many tokens go
-        through the model at once; None is what suits the device. Raises InputError for numbers out
-        of range, for anything but strings, and without a tokenizer."""
+        through the model at once; None is what suits the device. Raises InputError for max_tokens
+        or dims out of range, for anything but strings, and without a tokenizer."""
         size = self.config.hidden_size
         whole = (int, np.integer)
         if dims is not None and not (isinstance(dims, whole) and 1 <= dims <= size):
@@ -398,12 +400,10 @@ def list_of_strings(texts):
 
 
 def mean_pool(hidden, cu_seqlens):
-    """The mean of each text's hidden states, [CLS], [SEP] and prefix included: (N, C) -> (B, C)
-    float32, or float64 if these are."""
+    """The mean of each text's hidden states, [CLS], [SEP] and prefix included: (N, C) -> (B, C), in
+    float32, or in float64 if the hidden states are float64."""
     lengths = move_to_device(cu_seqlens, hidden.device).diff()  # (B,)
-    text = torch.repeat_interleave(
-        lengths, output_size=len(hidden)
-    )  # (N,) which text a token is of
+    text = torch.repeat_interleave(lengths, output_size=len(hidden))  # (N,): text of each token
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     # a running sum of 8,192 float32 numbers loses digits; training does not need them
     sum_dtype = dtype if torch.is_grad_enabled() else torch.float64
@@ -467,10 +467,9 @@ class NomicBertForMaskedLM(nn.Module):
 def training_flops(config, lengths, masked_share=0.0):
     """Floating-point operations to train on texts of these lengths (B,), in tokens.
 
-    6 for each weight of a matrix that a token passes (a multiplication and an addition forward,
-    twice that backward), and 12 C L in each layer for attention among L tokens; in stage 1 the
-    head, for the masked share of tokens. GradCache's first forward pass is not counted: useful work
-    is what the result needs."""
+    Per token: 6 for each weight of a matrix that it passes (2 forward, 4 backward), and 12 C L per
+    layer for attention in a text of L tokens. In stage 1 the head is added, for the masked share of
+    tokens. GradCache's second forward pass is not counted: useful work is what the result needs."""
     C, lengths = config.hidden_size, np.asarray(lengths, float)
     weights = config.num_hidden_layers * (4 * C * C + 3 * C * config.intermediate_size)
     weights += masked_share * (C * C + C * config.vocab_size)

@@ -9,8 +9,8 @@ different speeds,
 
 from one radian per token down to about 1 / base: fast pairs tell neighbours apart, slow ones tell
 beginning from end. Nomic Embed trains with base 1,000 at up to 2,048 tokens (sec. 3.4). Beyond that
-the slow pairs reach angles that the model never saw, and it falls apart. What helps, without
-training:
+length the slow pairs reach angles that the model never saw in training, and its quality collapses.
+Three changes help without training:
 
     linear    divide positions by a factor (position interpolation, arXiv 2306.15595). The slow
               pairs stay in the range that was trained, but the fast ones lose their resolution
@@ -19,8 +19,9 @@ training:
     dynamic   ntk, with the factor that each text's own length asks for (Dynamic NTK, eq. 5). Texts
               up to the trained length are left as they are
 
-The published code takes the length of the padded batch, and keeps the longest table that it ever
-built: there an embedding depends on its neighbours and on the past. Here it depends on the text.
+In the published code the scaling follows the length of the padded batch, and the table of angles
+only grows. So an embedding depends on the other texts of its batch and on earlier batches. Here it
+depends on the text alone.
 """
 
 from dataclasses import dataclass
@@ -61,9 +62,9 @@ def dynamic_ntk_base(base, length, trained_length, s, head_size):
 def rope_angles(cu_seqlens, N, head_size, rope):
     """The angle of each pair of each token of a packed batch: (B + 1,) -> (N, D/2), in radians.
 
-    Computed once in a forward pass; all layers and heads share it. In float32, and in the order of
-    the published code: at position 8,192 the rounding of a frequency is a thousandth of a radian,
-    and embeddings are to agree with those of others beyond their fifth digit."""
+    Computed once in a forward pass; all layers and heads share it. In float32, with the operations
+    in the order of the published code: at position 8,192 the rounding of a frequency changes the
+    angle by up to a thousandth of a radian, which would change an embedding's fifth digit."""
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()  # (B,)
     text = torch.repeat_interleave(lengths, output_size=N)  # (N,): the number of a token's text
     position = torch.arange(N, device=text.device) - starts[text]  # (N,): from 0 in each text

@@ -101,7 +101,8 @@ def read_config(directory):
         multiple = number(int, "pad_vocab_size_multiple")
         values["vocab_size"] = -(-values["vocab_size"] // multiple) * multiple
     hidden_size, heads = values["hidden_size"], values["num_attention_heads"]
-    if hidden_size % (2 * heads) or config.get("head_dim") not in (None, hidden_size // heads):
+    too_small = hidden_size % (2 * heads) or hidden_size < 4 * heads
+    if too_small or config.get("head_dim") not in (None, hidden_size // heads):
         raise InputError(f"{path}: hidden_size {hidden_size} does not make {heads} even heads")
 
     rope = config.get("rope_parameters")

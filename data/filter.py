@@ -54,8 +54,8 @@ from common.files import (
 )
 from common.options import InputError, cli, read_options, split_words
 from data.prepare import data_folder, is_made, write_source
-from data.store import Source
-from evaluate import distinct, top_k
+from data.store import Source, distinct
+from evaluate import top_k
 from model import NomicBert
 
 

@@ -288,6 +288,17 @@ def text_keys(texts):
     return torch.from_numpy(np.frombuffer(b"".join(digests), np.int64).copy())
 
 
+def distinct(keys):
+    """Numbers equal keys alike. keys: n byte strings, m different ones -> first (m,): the place of
+    the first of each different key; number (n,): which of the m keys each one is."""
+    seen, first, number = {}, [], []
+    for i, key in enumerate(keys):
+        number.append(seen.setdefault(hash(key), len(seen)))  # 64 bits of it save memory
+        if len(seen) > len(first):
+            first.append(i)
+    return np.array(first, np.int64), np.array(number, np.int64)
+
+
 def split_by_tokens(lengths, max_tokens):
     """Splits texts into micro-batches of at most max_tokens tokens (a longer text stands alone).
 

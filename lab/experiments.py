@@ -154,7 +154,7 @@ def run(options, words):
     if BANDS.is_file() and name in (bands := read_json(BANDS)):
         band = bands[name]
         low, high = (band["mean"] + sign * 3 * band["deviation"] for sign in (-1, 1))
-        print(f"over {len(band['seeds'])} seeds, the mean ± 3 deviations: {low:+.3f} to {high:+.3f}")
+        print(f"{len(band['seeds'])} seeds, mean ± 3 deviations: {low:+.3f} to {high:+.3f}")
     return {"predicted": predicted, **found}
 
 

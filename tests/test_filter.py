@@ -15,8 +15,7 @@ from common.files import fingerprint, load_tokenizer
 from common.options import InputError
 from data import filter as filtering
 from data import prepare, store
-from data.store import Source
-from evaluate import distinct
+from data.store import Source, distinct
 from model import NomicBert
 
 WORDS = [a + b + c for a in "rst" for b in "aeio" for c in "nlmr"]

@@ -133,7 +133,7 @@ def test_two_processes_mine_what_one_does(source, tokenizer, tmp_path):
     for world in (1, 2):
         arguments = (world, source, tiny_model(tokenizer), tmp_path)
         multiprocessing.start_processes(mine_in_chunks_of_4, arguments, world, start_method="fork")
-    one, two = (np.load(tmp_path / str(world) / "negatives.npz")["source"] for world in (1, 2))
+    one, two = (np.load(tmp_path / str(world) / "negatives.npz")["of source"] for world in (1, 2))
     assert np.array_equal(one, two)
 
 
