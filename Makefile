@@ -1,5 +1,6 @@
 # From a fresh clone: `make demo` trains a model and searches with it, `make own TEXT=folder` does the same with a folder
-# of Markdown, reStructuredText or plain text added to the built-in data, `make lab` prepares the lab (lab/README.md),
+# of Markdown, reStructuredText or plain text added to the built-in data (without stage 1, whose minutes cost more
+# than they bring there: docs/results.md), `make lab` prepares the lab (lab/README.md),
 # `make test` runs the tests. Each command may be repeated: finished data and training are not done again, and interrupted
 # training continues; scores and pictures are made anew. The README has the plain commands.
 
@@ -23,8 +24,7 @@ own: .venv/installed
 	@test -d "$(TEXT)" || { echo "make own: name a folder of text: make own TEXT=notes"; exit 2; }
 	$(BIN)/python data/pydocs.py
 	$(BIN)/python data/folder.py "$(TEXT)" --add=out/pydocs --out=out/own/data --show=5
-	$(BIN)/python mlm.py --data=out/own/data --out=out/own/mlm
-	$(BIN)/python contrastive.py --data=out/own/data --init=out/own/mlm --out=out/own/contrastive
+	$(BIN)/python contrastive.py --data=out/own/data --out=out/own/contrastive
 	$(BIN)/python finetune.py --data=out/own/data --init=out/own/contrastive --out=out/own/finetune
 	$(BIN)/python evaluate.py --data=out/own/data --out=out/own
 	@echo 'now: $(BIN)/python evaluate.py search "your question" --data=out/own/data --out=out/own'

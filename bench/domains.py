@@ -2,7 +2,7 @@
 
     python bench/domains.py SOURCES                        # after make demo; hours on two cores
     python bench/domains.py SOURCES --domains=medical      # one of them
-    python bench/domains.py SOURCES --notes=100 --stages=contrastive,finetune    # without stage 1
+    python bench/domains.py SOURCES --notes=500 --stages=mlm,contrastive,finetune    # with stage 1
 
 A model that was trained on Python alone searches other text; then `make own` trains one on that
 text and the built-in documentation, with the commands of the Makefile. SOURCES has the public data:
@@ -51,7 +51,7 @@ class Options:
     out: str = "out/domains"  # for texts, data, runs and scores
     domains: str = ",".join(DOMAINS)  # which
     notes: int = 0  # files of one's own text, at most; 0: all [0, 1e9]
-    stages: str = "mlm,contrastive,finetune"  # of training on one's own text
+    stages: str = "contrastive,finetune"  # of training on one's own text
     seeds: str = "0,1"  # of the models that are trained on it, with commas
     options: str = ""  # more options for every stage, such as "--micro-batch-tokens=65536"
 
