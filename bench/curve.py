@@ -7,8 +7,8 @@ random weights and after stage 1 of several lengths.
 A comparison is fair only if each line has its own learning rate: the best on dev, with the first
 seed, of --rates. Reported is test, with standard errors over queries of the mean over seeds;
 differences are those of each query. A seed draws other pairs too. Each run leaves its scores in
-OUT/scores: the same command continues an interrupted one, and several may run at once, such as one
-for each size. OUT/report.md and curve.png show what there is.
+OUT/scores: the same command continues an interrupted one. OUT/report.md and curve.png show what
+there is.
 """
 
 import shutil
@@ -58,11 +58,11 @@ def draw_pairs(data, out, count, seed):
         copy_data(data, folder, {str(data): ["stage2"]})
         for source in sources:
             order = np.random.default_rng([seed, len(source)]).permutation(len(source))
-            keep = np.zeros(len(source), bool)
-            keep[order[: round(share * len(source))]] = True
+            chosen = np.zeros(len(source), bool)
+            chosen[order[: round(share * len(source))]] = True
             old, prefixes = data / "stage2" / source.name, source.meta["prefixes"]
             new = folder / "stage2" / source.name
-            write_source(new, {}, prefixes, load_tokenizer(data), stored=[old], keep=keep)
+            write_source(new, {}, prefixes, load_tokenizer(data), stored=[old], keep=chosen)
 
 
 def run_point(options, line, size, rate, seed):

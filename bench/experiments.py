@@ -4,7 +4,8 @@
     python bench/experiments.py miniature SOURCES    # the paper in miniature, on public data
 
 Each run leaves its scores in OUT/scores, and OUT/report.md is written after every row. The same
-command continues an interrupted one, and several may run at once, such as one for each seed.
+command continues an interrupted one. Several may run at once, one for each seed; the command with
+all seeds then prints the whole table.
 
 Scores are nDCG@10, Spearman for STS, with standard errors over queries, of the mean over seeds.
 Differences are query by query.
@@ -146,7 +147,7 @@ class Options:
     rows: str = ""  # only rows whose names begin so, with commas, and those that they start from
 
 
-FREE = ("out", "seeds", "rows", "options")  # that do not decide what a row is
+FREE = ("out", "seeds", "rows")  # that do not decide what a row is
 
 
 def slug(name):
@@ -188,7 +189,7 @@ def evaluate(row, checkpoint, group, options):
     if group == "miniature":
         tasks, split = LONG_TASKS if row.long else TASKS, "dev"
     else:
-        folders = sorted(Path(options.data, "retrieval").glob("*/"))
+        folders = sorted(p for p in Path(options.data, "retrieval").glob("*") if p.is_dir())
         tasks, split = {path.name: f"retrieval/{path.name}" for path in folders}, options.split
     if checkpoint:
         model = NomicBert.from_pretrained(checkpoint, device=best_device())
@@ -311,6 +312,8 @@ def main(arguments):
         raise InputError("give ladder, or miniature SOURCES")
     if options.size not in SIZES:
         raise InputError(f"--size={options.size}: give {', '.join(SIZES)}")
+    if group == "ladder" and options.size == "gpu":
+        raise InputError("ladder has the sizes laptop and tiny; for others give --options=")
     options.out = options.out or f"out/{group}"
     options.data = words[1] if group == "miniature" else options.data
     rows, prefixes = GROUPS[group], tuple(options.rows.split(","))

@@ -19,8 +19,8 @@ from torch import multiprocessing
 from torch.nn.functional import cosine_similarity, normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.shared import print_head, print_row
-from common.options import cli, read_options
+from bench.shared import print_head, print_row, whole_numbers
+from common.options import InputError, cli, read_options
 from contrastive import gather, info_nce
 
 WAYS = {
@@ -63,7 +63,9 @@ def work(rank, world, store, pairs, results, E=16):
 def measure(options):
     """(W, way) -> the gradient's norm over that of the true one, and its cosine with it."""
     results = multiprocessing.Manager().dict()
-    for world in map(int, f"1,{options.processes}".split(",")):
+    for world in [1, *whole_numbers(options.processes, "processes")]:
+        if options.pairs % world:
+            raise InputError(f"--pairs={options.pairs} does not divide by {world} processes")
         with tempfile.TemporaryDirectory() as folder:
             arguments = (world, f"{folder}/store", options.pairs, results)
             multiprocessing.spawn(work, arguments, nprocs=world)

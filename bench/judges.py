@@ -53,6 +53,7 @@ def draw(options):
         query, document = (
             np.array([rows[i][side] for i in chosen], object) for side in ("query", "document")
         )
+        planted &= planted.sum() > 1  # one alone would keep its own document
         document[planted] = np.roll(document[planted], 1)
         drawn[source.name] = query, document, planted
     return drawn

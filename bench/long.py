@@ -19,7 +19,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.memory import peak_memory
-from bench.shared import print_head, print_machine, print_row, run_in_process, seconds_of
+from bench.shared import (
+    print_head,
+    print_machine,
+    print_row,
+    run_in_process,
+    seconds_of,
+    whole_numbers,
+)
 from common.device import best_device
 from common.files import write_whole
 from common.options import InputError, cli, read_options
@@ -54,6 +61,8 @@ def texts_and_needles(options, model, longest):
         if len(needle) >= options.needle:
             needles.append(needle[: options.needle])
             queries.append(task.prefixes["query"] + query)
+    if not needles:
+        raise InputError(f"--needle={options.needle}: no held-out document has so many tokens")
     chosen = np.linspace(0, len(needles) - 1, len(haystacks)).astype(int)
     return haystacks, [needles[i] for i in chosen], [queries[i] for i in chosen]
 
@@ -112,9 +121,7 @@ def draw(tables, lengths, path):
 
 def main(arguments):
     options, _ = read_options(Options, arguments)
-    if not all(map(str.isdecimal, options.lengths.split(","))):
-        raise InputError(f"--lengths={options.lengths}: give numbers with commas between them")
-    lengths = sorted(map(int, options.lengths.split(",")))
+    lengths = sorted(whole_numbers(options.lengths, "lengths"))
     if lengths[0] < options.needle + 16:
         raise InputError(f"--lengths: {lengths[0]} leaves no room beside a needle")
     directory = options.model or str(last_stage(options.out))

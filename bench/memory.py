@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.shared import print_head, print_machine, print_row, run_in_process
+from bench.shared import print_head, print_machine, print_row, run_in_process, whole_numbers
 from common.device import best_device, fast_dtype
 from common.files import load_tokenizer
 from common.options import cli, read_options
@@ -77,7 +77,7 @@ def main(arguments):
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     print_machine(best_device(), f"preset {options.preset}")
     print_head("pairs", "tokens", "GradCache, MiB", "of it embeddings, MiB", "without, MiB")
-    for pairs in map(int, options.batches.split(",")):
+    for pairs in whole_numbers(options.batches, "batches"):
         tokens, *cached = run_in_process(step, pairs, True, options)
         plain = run_in_process(step, pairs, False, options)[1:2] if pairs <= options.longest else ()
         sizes = [f"{size:,.0f}" for size in (*cached, *plain)]

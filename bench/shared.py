@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.device import device_name
 from common.files import read_json, write_json
+from common.options import InputError
 from data.store import Source
 from model import ModelConfig
 
@@ -41,9 +42,17 @@ def keep(path, work):
     """What work() returns, kept in a JSON file: a bench that is started again goes on, and several
     of them may share a folder."""
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, work())
+        value = work()
+        with contextlib.suppress(InputError):  # another process may write it at this moment
+            write_json(path, value)
     return read_json(path)
+
+
+def whole_numbers(text, option):
+    """ "2,4" -> [2, 4]. Raises InputError for anything else."""
+    if not all(map(str.isdecimal, text.split(","))):
+        raise InputError(f"--{option}={text}: give whole numbers with commas between them")
+    return list(map(int, text.split(",")))
 
 
 def split_options(options_class, arguments):
@@ -75,8 +84,8 @@ def time_in_turns(works, rounds):
 
 
 def fastest(works):
-    """The name of the fastest of several functions: name -> function. One that needs more memory
-    than a GPU has is not it."""
+    """The name of the fastest of several functions: name -> function. A function
+    that runs out of GPU memory is passed over."""
     taken = {}
     for name, work in works.items():
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -103,7 +112,7 @@ def pieces_of_text(data, tokenizer, lengths, rng):
     return [ids[i : i + n].astype(np.int64) for i, n in zip(starts, lengths, strict=True)]
 
 
-def matrix_rate(config, dtype, device, seconds=1.0):
+def matrix_rate(config, dtype, device):
     """Operations per second of the matrix products of one layer, (N, C) x (C, 3C) and so on: the
     highest of two N. A GPU needs large matrices, a CPU is fastest while they fit in its cache."""
     C, inner, rates = config.hidden_size, config.intermediate_size, []
@@ -112,7 +121,7 @@ def matrix_rate(config, dtype, device, seconds=1.0):
     for N in (2048, 8192) if device.type == "cpu" else (8192, 65_536):
         pairs = [(torch.randn(N, a, **new), torch.randn(a, b, **new)) for a, b in shapes]
         operations, began = 0, time.perf_counter()
-        while time.perf_counter() - began < seconds / 2:
+        while time.perf_counter() - began < 0.5:
             for x, weight in pairs:
                 y = x @ weight
                 operations += 2 * x.numel() * weight.shape[1]

@@ -110,7 +110,7 @@ def read_config(directory):
         rope = {"rope_theta": config.get("rotary_emb_base", 1000.0), "rope_type": "default"}
         if config.get("rotary_scaling_factor"):
             rope |= {"rope_type": "dynamic", "factor": config["rotary_scaling_factor"]}
-    kind = rope.get("rope_type") if isinstance(rope, dict) else rope
+    kind = isinstance(rope, dict) and rope.get("rope_type")
     if str(kind) not in ROPE_TYPES:
         raise InputError(f"{path}: rope_type is {kind!r}; known are {', '.join(ROPE_TYPES)}")
     values["rope_scaling"] = ROPE_TYPES[kind]

@@ -59,8 +59,7 @@ def rank_and_world():
 
 
 def is_first():
-    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
-    return rank == 0
+    return rank_and_world()[0] == 0
 
 
 def print_once(*values):

@@ -49,11 +49,7 @@ class Encoder:
         texts = [before + text for batch in inputs for text in batch["text"]]
         return self.model.encode(texts, self.max_tokens, self.dims)
 
-    def similarity(self, x, y):
-        return cos_sim(x, y)
-
-    def similarity_pairwise(self, x, y):
-        return pairwise_cos_sim(x, y)
+    similarity, similarity_pairwise = staticmethod(cos_sim), staticmethod(pairwise_cos_sim)
 
 
 # nomic-embed-text-v1 on MTEB(eng, v1), means of the 56 tasks by type and over all (table 4)

@@ -8,7 +8,8 @@
     config, origin = read_options(Config, sys.argv[1:], PRESETS)
 
 Types and ranges are checked, a misspelt key names the nearest one, and `origin` says where each
-value came from. Without a range, a whole number is from 1 to a billion, any other from 0.
+value came from. A number without a range is at most a billion; a whole one is at least 1, any other
+at least 0.
 """
 
 import difflib
@@ -36,14 +37,12 @@ def cli(main):
     except InputError as error:
         code, message = 2, f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}"
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; the same command continues from the last checkpoint"
+        code, message = 130, "interrupted; give the same command again"
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         code = 1
     except OSError as error:  # a full disk, a missing permission
-        code, message = (
-            2,
-            f"{Path(sys.argv[0]).name}: {error.filename or 'output'}: {error.strerror}",
-        )
+        code = 2
+        message = f"{Path(sys.argv[0]).name}: {error.filename or 'output'}: {error.strerror}"
     if message and os.environ.get("RANK", "0") == "0":  # only one of several processes prints it
         print(message, file=sys.stderr)
     if code == 0 and "RANK" not in os.environ:

@@ -153,12 +153,8 @@ def draw_map(content):
         stars, hits = points[len(groups) :], zip(panel["found"], content["right"], strict=True)
         for star, (found, right) in zip(stars, hits, strict=True):
             axis.plot(*star, "*", color="black", ms=9, zorder=3)
-            lines = (
-                [(right, "-", GREEN)]
-                if found == right
-                else [(found, "-", RED), (right, ":", GREEN)]
-            )
-            for target, style, color in lines:
+            hit = GREEN if found == right else RED
+            for target, style, color in ((found, "-", hit), (right, ":", GREEN)):
                 axis.plot(*zip(star, points[target], strict=True), style, color=color, lw=1.5)
         caption = f"alignment {panel['alignment']:.2f}, uniformity {panel['uniformity']:.2f}"
         axis.set(title=title, xlabel=caption, xticks=[], yticks=[])

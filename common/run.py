@@ -34,6 +34,7 @@ from common.distributed import (
     gather_objects,
     is_first,
     print_once,
+    rank_and_world,
     sum_over_processes,
     wait_for_all,
 )
@@ -64,18 +65,18 @@ class Run:
         self.checkpoint_due = self.stopping = False
         self.signals = []  # those that asked the run to stop
         self.settings = {k: v for k, v in asdict(config).items() if k not in FREE}
-        self.data = read_json(Path(config.data, "meta.json"))
-        # a continued run has to read the same data, and to have begun with the same weights
-        self.settings["data"] = fingerprint(Path(config.data, "meta.json"))
-        if self.settings.get("init"):
-            weights = Path(config.init, "model.safetensors")
-            self.settings["init"] = fingerprint(weights) if weights.is_file() else config.init
         call_everywhere(self.claim)
         self.finished = self.step == config.steps
         if self.finished:
             print_once(f"{self.out} is finished: for another run give another --out, or remove it")
 
     def claim(self):
+        # a continued run has to read the same data, and to have begun with the same weights
+        path = Path(self.config.data, "meta.json")
+        self.data, self.settings["data"] = read_json(path), fingerprint(path)
+        if self.settings.get("init"):
+            weights = Path(self.config.init, "model.safetensors")
+            self.settings["init"] = fingerprint(weights) if weights.is_file() else self.config.init
         try:
             names = {path.name for path in self.out.iterdir()} if self.out.exists() else set()
         except OSError as error:
@@ -91,7 +92,8 @@ class Run:
         if not path.is_file():
             if self.config.resume:
                 raise InputError(f"--resume: there is no {path}; without --resume a new run begins")
-            if "model.safetensors" in names and (self.out / "log.jsonl").stat().st_size:
+            log = self.out / "log.jsonl"
+            if "model.safetensors" in names and not (log.is_file() and log.stat().st_size == 0):
                 raise InputError(
                     f"{self.out} has a trained model and no state.pt to continue from: choose "
                     "another --out"
@@ -233,7 +235,8 @@ class Run:
         return (step + 1) % self.config.log_every == 0 or self.checkpoint_due
 
     def evaluation_due(self, step):
-        """Whether to evaluate, in the first process only: the others wait in their next sum."""
+        """Whether this process evaluates now. Only the first one does; the others wait for it in
+        their next sum."""
         every, done = self.config.eval_every, step + 1
         return is_first() and every > 0 and (done % every == 0 or done == self.config.steps)
 
@@ -245,13 +248,11 @@ class Run:
         record = {"step": step + 1}
         if "loss" in values:
             seconds = time.perf_counter() - self.began
-            totals = sum_over_processes(
-                torch.tensor([self.tokens, self.flops], dtype=torch.float64)
-            )
-            tokens, flops = totals.tolist()
+            own = torch.tensor([self.tokens, self.flops], dtype=torch.float64)
+            tokens, flops = sum_over_processes(own).tolist()
             record |= {"tokens": int(tokens), "tokens_per_second": tokens / seconds}
             if peak := peak_flops(self.device):
-                world = dist.get_world_size() if dist.is_initialized() else 1
+                _, world = rank_and_world()
                 record["share_of_peak"] = flops / seconds / (world * peak)
         record |= {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         if not math.isfinite(record.get("loss", 0.0)):
@@ -268,7 +269,8 @@ class Run:
                 self.bar.set_postfix_str(" ".join(shown), refresh=False)
             if sample:
                 self.bar.write(f"step {step + 1}: {' '.join(shown)}\n    {sample}")
-        self.tokens = self.flops = 0
+        if "loss" in values:
+            self.tokens = self.flops = 0
         self.began = time.perf_counter()
 
     def save(self, step):

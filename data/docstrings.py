@@ -69,7 +69,10 @@ def package_root(package):
     """The folder of an installed package, or its single file; None if it is not installed."""
     if package == "stdlib":
         return Path(sysconfig.get_path("stdlib"))
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # a part of a package that is missing; __main__
+        return None
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         return None
     path = Path(spec.origin)
@@ -116,7 +119,7 @@ def read_file(job):
     try:
         source = path.read_text("utf-8")
         tree = ast.parse(source)
-    except (SyntaxError, UnicodeDecodeError, ValueError):
+    except (SyntaxError, ValueError):
         return [], []  # a template, or written for another Python
     lines, entries, snippets = source.splitlines(), [], []
 

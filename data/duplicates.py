@@ -69,9 +69,10 @@ class NearDuplicates:
 class HeldOut(NearDuplicates):
     """The texts that must not be trained on, compared by their token ids.
 
-    Half of the runs of 8 tokens, and at least 8: a sentence quoted in a long text does not count,
-    and a paragraph does. Special tokens, [UNK] and punctuation are left out, or all texts of a
-    script that the tokenizer cannot read would be equal."""
+    A text repeats a held-out one if they share half of the runs of 8 tokens of the shorter one, and
+    at least 8 runs: a quoted paragraph counts, a quoted sentence does not. Special tokens, [UNK]
+    and punctuation are left out, or all texts of a script that the tokenizer cannot read would be
+    equal."""
 
     def __init__(self, texts, tokenizer):
         super().__init__(run=8, share=0.5, least=8)
@@ -81,7 +82,7 @@ class HeldOut(NearDuplicates):
         for token, number in vocabulary.items():
             self.is_word[number] = token not in {"[UNK]", *special} and any(map(str.isalnum, token))
         self.texts = set()  # hashes of texts of at least 3 words
-        ids, ends = self.words(*encode(tokenizer, texts))
+        ids, ends = self.words_of(*encode(tokenizer, texts))
         for start, end in itertools.pairwise(ends):
             text = tuple(ids[start:end].tolist())
             self.add(text)
@@ -90,7 +91,7 @@ class HeldOut(NearDuplicates):
         self.known = np.zeros(1 << 24, bool)
         self.known[self.codes(ids)] = True
 
-    def words(self, ids, lengths):
+    def words_of(self, ids, lengths):
         """The words of a column (N,), and where each text begins and the last ends (B + 1,)."""
         kept = self.is_word[ids]
         ends = np.cumsum([0, *lengths])
@@ -106,7 +107,7 @@ class HeldOut(NearDuplicates):
 
     def find(self, ids, lengths):
         """For each text of a column 2 if it equals a held-out one, 1 if nearly, else 0."""
-        ids, ends = self.words(ids, lengths)
+        ids, ends = self.words_of(ids, lengths)
         known = np.concatenate([[0], np.cumsum(self.known[self.codes(ids)])])
         known = known[np.maximum(ends[1:] - 7, ends[:-1])] - known[ends[:-1]]  # of each text
         found = np.zeros(len(lengths), np.int8)

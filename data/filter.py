@@ -109,11 +109,11 @@ def judge_block(encode, pairs, prefixes, top, device):
 
 
 def judge_source(encode, path, rows, prefixes, options, done, device):
-    """Judges the pairs of a pairs.jsonl in blocks of equal size: in a small last one, all would
-    pass. done: a folder, where each block's verdicts stay. Returns bool (rows,), and for each row
-    the row of the document nearest to its query."""
-    blocks, verdicts = -(-rows // options.block), []
-    ends = [rows * i // blocks for i in range(blocks + 1)]
+    """Judges the pairs of a pairs.jsonl in blocks of equal size, because in a small last block
+    every pair would pass. done: a folder, where each block's verdicts stay. Returns bool (rows,),
+    and for each row the row of the document nearest to its query."""
+    blocks, verdicts = -(-rows // options.block), [np.empty((0, 2), int)]
+    ends = [rows * i // blocks for i in range(blocks + 1)] if rows else []
     pairs = read_pairs(path, rows)
     for begin, end in tqdm(list(itertools.pairwise(ends)), path.parent.name, disable=None):
         # the last block takes all that is left, so that a file that is too long is noticed
@@ -204,7 +204,9 @@ def write_filtered(data, out, judged, inputs, options):
         copy_data(data, folder, {str(data): ["meta.json"], str(data / "stage2"): [*judged]})
         for name, (kept, nearest) in judged.items():
             old, count = data / "stage2" / name, int(kept.sum())
-            print(f"{name}: kept {count:,} of {len(kept):,} pairs ({count / len(kept):.1%})")
+            print(
+                f"{name}: kept {count:,} of {len(kept):,} pairs ({count / max(1, len(kept)):.1%})"
+            )
             show_removed(old / "pairs.jsonl", kept, nearest, options.show)
             meta["filtered"][name] = {"rows": len(kept), "kept": count}
             meta.setdefault("rows", {})[f"stage2/{name}"] = count
@@ -243,7 +245,7 @@ def main(arguments):
     if distributed.call_everywhere(lambda: is_made(out, inputs)):
         return
     encode = distributed.call_everywhere(lambda: open_judge(options, device))
-    # the blocks of other settings, judge or data are others
+    # a folder for each judge, data and settings, so that no block of another filter is used
     done = out.with_name(f"{out.name}-blocks") / fingerprint(json.dumps(how).encode())
     judged = {}
     for name in wanted or names:

@@ -18,7 +18,8 @@ kind that the paper takes from the web (sec. 4.2), enough to adapt a model to a 
 
 Use --add where there is little text: it also brings its tokenizer. The notes' own pairs then weigh
 so much that one batch in five is of them ("weight" in meta.json; `--weights` of a stage overrides
-it). Notes without headings have another task, the first of those above that three files have.
+it). If fewer than three files have headings, the task is the first of title -> document, first
+paragraph -> the rest, and first sentence -> the rest that three files have.
 """
 
 import codecs
@@ -157,10 +158,12 @@ def choose_task(documents):
     """The source that becomes the retrieval task, and the names of the files that have it.
 
     Raises InputError where fewer than 3 files have pairs: one is needed for each split."""
-    found = {source: {} for source in PREFIXES}
+    found, asked = {source: {} for source in PREFIXES}, set()
     for document in documents:
-        for source, _, _ in pairs_of(document):
-            found[source][document.name] = None
+        for source, query, _ in pairs_of(document):
+            if (source, query) not in asked:
+                found[source][document.name] = None
+                asked.add((source, query))
     for source, names in found.items():
         if len(names) >= 3:
             return source, list(names)
@@ -256,6 +259,10 @@ def main(arguments):
     began, folder = time.time(), folders[0]
     out = Path(options.out or Path("out", Path(folder).resolve().name))
     added = [Path(name) for name in options.add.split(",") if name]
+    if len({path.name for path in added}) < len(added):
+        raise InputError(
+            f"--add={options.add}: two folders have one name, and so would their sources"
+        )
     given = [load_tokenizer(path) for path in (options.tokenizer, *added) if path]
     if len(set(map(fingerprint, given))) > 1:
         raise InputError("--tokenizer and --add have different tokenizers: their token ids differ")

@@ -136,6 +136,8 @@ def pairs_in(row, source):
         value = json.loads(row) if isinstance(row, str) else row
     except (ValueError, RecursionError):
         value = None
+    if isinstance(value, dict) and None in value:  # csv.DictReader's name for what is left over
+        return [], "more fields than the header"
     if isinstance(value, dict) and isinstance(value.get("set"), list):
         value = value["set"][:2]
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
@@ -186,7 +188,8 @@ def hold_out(source, options, folder):
 
     queries, count = sorted(answers, key=order), min(options.queries, len(answers) // 10)
     if count < 2:
-        print(f"{source.name}: too few queries to hold some out, 20 are needed")
+        if options.queries >= 2:
+            print(f"{source.name}: too few queries to hold some out, 20 are needed")
         count = 0
     dev = -(-2 * count // 5)
     splits = {"dev": queries[:dev], "test": queries[dev:count]}
@@ -243,8 +246,8 @@ def encode_all(source, rows, executor, waiting):
     rows = enumerate(rows, start=1)
     batches = iter(lambda: list(itertools.islice(rows, prepare.BATCH)), [])
     submitted = (executor.submit(encode_rows, source, batch) for batch in batches)
-    pending = collections.deque(itertools.islice(submitted, waiting))
     try:
+        pending = collections.deque(itertools.islice(submitted, waiting))
         while pending:
             yield pending.popleft().result()
             pending.extend(itertools.islice(submitted, 1))
@@ -257,8 +260,9 @@ def encode_all(source, rows, executor, waiting):
 
 
 def write_pairs(folder, source, encoded, tokenizer):
-    """Writes a source from encode_all; once more, where rows are copies of others, without these.
-    Returns the number of rows, and a Counter of faults, of which the first of each is printed."""
+    """Writes a source from encode_all. If some rows are copies of earlier ones, it is written a
+    second time without them. Returns the number of rows and a Counter of faults; the first row with
+    each fault is printed."""
     raw, faults = folder.with_name(f"{folder.name}.raw"), collections.Counter()
     writer, keys = prepare.SourceWriter(raw, source.prefixes, tokenizer), array("q")
     for *batch, row_keys, found in encoded:

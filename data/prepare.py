@@ -7,7 +7,6 @@ copies and held-out text are found.
 import hashlib
 import itertools
 import json
-import shutil
 import tempfile
 from array import array
 from collections import Counter
@@ -117,7 +116,7 @@ class SourceWriter:
         self.tokens[name] += int(lengths.sum())
         self.unknown += int((ids == self.unknown_id).sum())
 
-    def append(self, columns, lines=(), negatives=None, keep=None):
+    def append(self, columns, lines, negatives=None, keep=None):
         """Appends n rows. columns: name -> (ids (N,), lengths (n,)); lines: their JSON lines;
         negatives (n,): how many texts of the column "negative" belong to each row; keep (n,): which
         rows to write; all by default. Rows that repeat held-out text are left out."""
@@ -154,9 +153,9 @@ class SourceWriter:
 
 
 def write_source(folder, columns, prefixes, tokenizer, held_out=None, stored=(), keep=None):
-    """Writes texts, and after them the rows of stored sources, as a source. columns: name -> texts,
-    as many in each; stored: folders of sources; keep (n,): which rows of these to write; all by
-    default. Returns as SourceWriter.finish."""
+    """Writes a source: the texts in `columns` (name -> texts, as many in each), then the rows of
+    the sources in the folders `stored`, of which keep (n,) says which to write; None is all.
+    Returns as SourceWriter.finish."""
     writer, start = SourceWriter(folder, prefixes, tokenizer, held_out), 0
     for begin in range(0, len(columns.get("document", ())), BATCH):
         part = {name: texts[begin : begin + BATCH] for name, texts in columns.items()}
@@ -243,18 +242,18 @@ def is_made(out, inputs):
 @contextmanager
 def data_folder(out):
     """A new folder to write into, which becomes `out` if the block ends without an error."""
-    out, temporary = Path(out).resolve(), None
+    out = Path(out).resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        (temporary / "new").mkdir()
-        yield temporary / "new"
-        (temporary / "new").rename(out)
+        place = {"prefix": f".{out.name}-", "dir": out.parent, "ignore_cleanup_errors": True}
+        with tempfile.TemporaryDirectory(**place) as temporary:
+            new = Path(temporary, "new")
+            new.mkdir()
+            yield new
+            new.rename(out)
     except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}") from None
-    finally:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
+        reason = f"{error.strerror or error} ({error.filename})" if error.filename else error
+        raise InputError(f"cannot write {out}: {reason}") from None
 
 
 def save_tokenizer(folder, tokenizer):
@@ -296,9 +295,8 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, h
         given = Source(path, tokenizer).meta["prefixes"]
         written[name] = write_source(folder / name, {}, given, tokenizer, held_out, [path])
 
-    own = [name for name, found in pairs.items() if found]
-    weigh(folder, own, {name: count for name, (count, _) in written.items()})
-
+    rows = {name: count for name, (count, _) in written.items()}
+    weigh(folder, pairs, rows)
     leaks = contamination(held_out, {name: reasons for name, (_, reasons) in written.items()})
     for name, (count, _) in written.items():
         print(f"  {name:34} {count:8,} {'texts' if name.startswith('stage1') else 'pairs'}")
@@ -307,7 +305,6 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, h
         print(f"  retrieval/{source:24} {len(corpus):8,} documents, {counts}")
     print(f"  {leaks['removed']:,} training rows that repeat held-out text were left out")
     print_unknown(folder)
-    rows = {name: count for name, (count, _) in written.items()}
     meta = {"made_by": "nanoembed", **meta, "rows": rows, "contamination": leaks}
     write_json(folder / "meta.json", meta)
 
@@ -341,7 +338,7 @@ def show_pairs(folder, count, added=()):
     rng, added = np.random.default_rng(0), tuple(f"-{Path(path).name}" for path in added)
     paths = sorted(Path(folder).glob("stage*/*/pairs.jsonl"))
     paths = [p for p in paths if p.stat().st_size and not p.parent.name.endswith(added)]
-    for i in range(count):
+    for i in range(count if paths else 0):
         path = paths[i % len(paths)]
         with open(path, "rb") as file:
             file.seek(rng.integers(path.stat().st_size))

@@ -163,16 +163,13 @@ def assemble(entries, snippets, core):
 
     held_out_code = NearDuplicates()
     held_out_code.add_new([row[-1] for row in found["summary-code"] if row[1] != "train"])
-    for kind in ("comment", "name"):
-        rows = [
-            (s.text, s.code[:LONGEST]) for s in snippets if s.kind == kind and split(s) == "train"
-        ]
-        rows = [(spoken(text) if kind == "name" else text, code) for text, code in rows]
+    for kind, spell in (("comment", str), ("name", spoken)):
+        own = [s for s in snippets if s.kind == kind and split(s) == "train"]
+        rows = [(spell(s.text), s.code[:LONGEST]) for s in own]
         rows = [row for row in rows if acceptable(*row)]
-        rows = list(itertools.compress(rows, NearDuplicates().add_new([code for _, code in rows])))
-        pairs[f"stage2/{kind}-code"] = [
-            row for row in rows if not held_out_code.has_near(words(row[1]))
-        ]
+        rows = itertools.compress(rows, NearDuplicates().add_new([code for _, code in rows]))
+        rows = [row for row in rows if not held_out_code.has_near(words(row[1]))]
+        pairs[f"stage2/{kind}-code"] = rows
 
     tasks = {}  # source -> (all documents of core modules, queries of held-out ones)
     asked = Counter(summary_and_body(entry.docstring)[0].lower() for entry in entries)
@@ -248,7 +245,6 @@ def prepare(options):
         print(f"wrote {out} in {time.time() - began:.0f} s")
     if options.show:
         show_pairs(out, options.show)
-    return out
 
 
 def make_if_missing(folder):

@@ -47,7 +47,8 @@ from common.options import InputError
 class Column:
     """column[i] is the ids of text i, column.tokens all ids in one flat array.
 
-    Sizes are checked at opening, in constant time; what a text says of itself where it is read."""
+    Opening checks the sizes of the files, in constant time. The offsets and ids of a text are
+    checked when it is read."""
 
     def __init__(self, folder, name, dtype, tokens, tokenizer):
         """tokens: how many there should be. Raises InputError where the files do not fit that."""
@@ -219,7 +220,8 @@ class PairBatches:
         batches = np.where(weight > 0, np.maximum(batches, least), 0)
         self.source_of = np.repeat(np.arange(len(sources)), batches)  # batch of an epoch -> source
         if len(self.source_of) == 0:
-            raise InputError(f"the sources {', '.join(s.name for s in sources)} have no rows")
+            names = ", ".join(s.name for s in sources)
+            raise InputError(f"the sources {names} have no rows, or a weight of 0")
 
     def about(self):
         """What a run prints: the sources whose rows are repeated to fill a batch, and weights."""

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def find(text, name):
-    """The syntax tree of a function, "name" or "Class.name", and where its lines are in the text:
-    (node, first, last). Raises InputError where there is none."""
+    """Where the lines of a function, "name" or "Class.name", are in the text: (first, last). Raises
+    InputError where there is none."""
     node = ast.parse(text)
     for part in name.split("."):
         found = [n for n in ast.iter_child_nodes(node) if getattr(n, "name", None) == part]
@@ -20,18 +20,18 @@ def find(text, name):
             raise InputError(f"there is no {part} in it")
         node = found[0]
     first = min(n.lineno for n in (node, *node.decorator_list)) - 1
-    return node, first, node.end_lineno
+    return first, node.end_lineno
 
 
 def cut(text, name):
     """The text of a function, its first line without indentation."""
-    _, first, last = find(text, name)
+    first, last = find(text, name)
     return textwrap.dedent("".join(text.splitlines(keepends=True)[first:last]))
 
 
 def splice(text, name, function):
     """The file `text` with another text in place of a function; all else stays byte for byte."""
-    _, first, last = find(text, name)
+    first, last = find(text, name)
     lines = text.splitlines(keepends=True)
     indent = lines[first][: len(lines[first]) - len(lines[first].lstrip())]
     return "".join([*lines[:first], textwrap.indent(function, indent), *lines[last:]])
@@ -70,8 +70,12 @@ def copy_project(folder, functions):
     """A copy of the project as it is now, with other texts in place of some functions.
 
     functions: exercise -> text."""
-    skipped = shutil.ignore_patterns(".*", "out", "work", "docs", "__pycache__")
-    shutil.copytree(ROOT, folder, ignore=skipped)
+    for path in ROOT.glob("*.py"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+    for name in ("common", "data", "bench", "lab", "tests"):  # and no other folder that is there
+        skipped = shutil.ignore_patterns(".*", "work", "img", "__pycache__")
+        shutil.copytree(ROOT / name, Path(folder, name), ignore=skipped)
     for exercise, function in functions.items():
         path = Path(folder, exercise.file)
         path.write_text(splice(path.read_text(), exercise.function, function))

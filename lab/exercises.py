@@ -63,14 +63,8 @@ EXERCISES = (
         "size 1, (N, 1, 1, D/2), so that they broadcast. x.chunk(2, dim=-1) makes the halves.",
         "return torch.cat",
         (
-            (
-                "x1 * cos - x2 * sin, x2 * cos + x1 * sin",
-                "x1 * cos + x2 * sin, x2 * cos - x1 * sin",
-            ),
-            (
-                "x1 * cos - x2 * sin, x2 * cos + x1 * sin",
-                "x2 * cos + x1 * sin, x1 * cos - x2 * sin",
-            ),
+            (TURNED, "x1 * cos + x2 * sin, x2 * cos - x1 * sin"),
+            (TURNED, "x2 * cos + x1 * sin, x1 * cos - x2 * sin"),
             ("x2 * cos + x1 * sin", "x2 * cos - x1 * sin"),
             (
                 "x1, x2 = x.chunk(2, dim=-1)\n    return torch.cat((x1 * cos - x2 * sin, "

@@ -5,8 +5,10 @@ held-out queries. `python lab/lab.py experiment bands` writes the mean and the s
 each difference over five seeds to lab/bands.json; `experiment bands NAME ...` only measures these.
 """
 
+import contextlib
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,13 +81,15 @@ def gather(options, folder):
     old, without_gradient = exercise.wrong[0]
     real = cut((ROOT / exercise.file).read_text(), exercise.function)
     for name, function in (("with", real), ("without", real.replace(old, without_gradient))):
-        copy_project(folder / f"{name}-project", {exercise: function})
+        project = folder / f"{name}-project"
+        shutil.rmtree(project, ignore_errors=True)  # of a run before
+        copy_project(project, {exercise: function})
         settings = ["--steps=60", "--batch-size=128", "--num-hidden-layers=1", "--eval-every=0"]
         settings += [f"--data={Path(options.data).resolve()}", f"--seed={options.seed}"]
         settings += [f"--out={(folder / name).resolve()}"]
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*launch, "--nproc-per-node=2", "contrastive.py", *settings]
-        if subprocess.run(command, cwd=folder / f"{name}-project").returncode:
+        if subprocess.run(command, cwd=project).returncode:
             raise InputError("contrastive.py stopped: the reason is above")
         scores.append(queries(options, folder / name))
     return scores
@@ -98,6 +102,8 @@ def rope(options, folder, times=8, windows=60):
     column = Source(f"{options.data}/stage1/long", model.bert.tokenizer).columns["document"]
     texts = [column[row][:length].astype(np.int64) for row in range(len(column))]
     texts = [text for text in texts if len(text) == length]
+    if not texts:
+        raise InputError(f"{options.data} has no held-out text of {length} tokens")
     drawn = np.random.default_rng(options.seed).permutation(len(texts))[:windows]
     hits = []
     for name in ("Dynamic NTK", "plain RoPE"):
@@ -144,7 +150,8 @@ def run(options, words):
     print(question)
     predicted = options.predict
     if not predicted and sys.stdin.isatty():
-        predicted = input("Your prediction, sign and size, such as 0.05 or -0.1: ")
+        with contextlib.suppress(EOFError):
+            predicted = input("Your prediction, sign and size, such as 0.05 or -0.1: ")
     if not re.fullmatch(r"[+-]?(\d*\.)?\d+", predicted.strip()):
         raise InputError("predict first: --predict=0.05, or -0.1: sign and size")
     predicted = float(predicted)

@@ -142,6 +142,15 @@ def check(options, exercise):
     return not problem
 
 
+def checked(options, exercise):
+    """check, where a file that cannot be read is a failure and the others are judged."""
+    try:
+        return check(options, exercise)
+    except InputError as error:
+        print(f"{exercise.name}: {error}")
+        return False
+
+
 def hint(options, exercise):
     real = cut((ROOT / exercise.file).read_text(), exercise.function)
     body = [f"{line[: len(line) - len(line.lstrip())]}..." if exercise.hidden in line else line
@@ -204,7 +213,8 @@ def run(options):
     for exercise in EXERCISES:
         whose = "yours" if exercise in theirs else "the real one"
         print(f"{exercise.file} {exercise.function}: {whose}")
-    number = 1 + sum(path.is_dir() for path in Path(options.work).glob("run-*"))
+    found = [path.name.removeprefix("run-") for path in Path(options.work).glob("run-*")]
+    number = 1 + max([int(name) for name in found if name.isdecimal()], default=0)
     folder, data = Path(options.work, f"run-{number}").resolve(), Path(options.data).resolve()
     copy_project(folder, theirs)
     commands = (
@@ -239,7 +249,7 @@ def main(arguments):
         raise InputError(f"{command}: give {', '.join([*alone, *commands, 'experiment'])}")
     if not words and command == "check":
         begun = [e for e in EXERCISES if state_of(e, options.work) != "open"]
-        if not all([check(options, exercise) for exercise in begun]):
+        if not all([checked(options, exercise) for exercise in begun]):
             sys.exit(1)
     elif not words or words[0] not in names:
         raise InputError(f"{command}: name an exercise: {', '.join(e.name for e in EXERCISES)}")
