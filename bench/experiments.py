@@ -67,12 +67,12 @@ class Row:
 ONE, TWO, THREE = (f"after stage {i}" for i in (1, 2, 3))
 NO_ONE, NO_TWO, EASY = "stage 2 without stage 1", "without stage 2", "without hard negatives"
 BM25 = Row("BM25", against=THREE)
-BOTH = Row(f"{THREE}, and BM25", start=THREE, against=BM25.name, with_bm25=True)
+BOTH = Row(f"{THREE}, with BM25", start=THREE, against=BM25.name, with_bm25=True)
 RANDOM = Row("random weights", "contrastive", options="--steps=1 --lr=0")
 LADDER = [
     BM25,
     RANDOM,
-    Row("words alone", "contrastive", options="--num-hidden-layers=0 --lr=3e-3", against=TWO),
+    Row("word vectors alone", "contrastive", options="--num-hidden-layers=0 --lr=3e-3", against=TWO),
     Row(ONE, "mlm"),
     Row(TWO, "contrastive", ONE, against=ONE),
     Row(THREE, "finetune", TWO, against=TWO),
@@ -82,7 +82,7 @@ LADDER = [
     Row(NO_TWO, "finetune", ONE, against=THREE),
     Row(EASY, "finetune", TWO, "--negatives=0", against=THREE),
     Row("four negatives", "finetune", TWO, "--negatives=4", against=EASY),
-    Row("negatives from rank 100", "finetune", TWO, "--mined=100", against=EASY),
+    Row("negatives of the first 100", "finetune", TWO, "--mined=100", against=EASY),
     Row("negatives at a rate of 3e-4", "finetune", TWO, "--lr=3e-4", against=EASY),
     Row("none at a rate of 3e-4", "finetune", TWO, "--lr=3e-4 --negatives=0", against=EASY),
     Row("margin 0.95", "finetune", TWO, "--margin=0.95", against=EASY),

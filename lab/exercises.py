@@ -94,7 +94,7 @@ EXERCISES = (
             (" / lengths[:, None]", " / len(hidden)"),
             ("lengths[:, None]", "lengths[:, None].clamp(min=2)"),
             ("dtype if torch.is_grad_enabled() else torch.float64", "dtype"),
-            ("output_size=len(hidden)\n    )", "output_size=len(hidden)\n    ).flip(0)"),
+            ("output_size=len(hidden))", "output_size=len(hidden)).flip(0)"),
         ),
     ),
     Exercise(
