@@ -285,7 +285,7 @@ def ladder(options):
             record(directory, title, means(rows[name][task.name]))
     if matched:
         both = [fuse(pair) for pair in zip(matched, rankings, strict=True)]
-        rows["the last stage and BM25 together"] = ladder_row("the last stage and BM25 together", tasks, both)
+        rows["the last stage with BM25"] = ladder_row("the last stage with BM25", tasks, both)
     save_results(options.out, "ladder", rows)
     if "mlm" in trained_stages(options.out):
         masked = NomicBertForMaskedLM.from_pretrained(f"{options.out}/mlm", device=best_device())

@@ -404,7 +404,7 @@ def test_a_ladder_and_its_pictures_have_every_row_that_was_trained(
     rows = [line[:28].strip() for line in capsys.readouterr().out.splitlines()[1:]]
     assert rows[:9] == [
         "BM25", "BM25, identifiers split", "word vectors alone", "random weights", "after stage 1",
-        "after stage 2", "after stage 3", "the last stage and BM25 together", ""
+        "after stage 2", "after stage 3", "the last stage with BM25", ""
     ]  # fmt: skip
     panels = evaluate.map_of(evaluate.Options(data=str(data), out=str(out)), size=60)
     assert list(panels["panels"]) == rows[2:7]
