@@ -72,7 +72,7 @@ RANDOM = Row("random weights", "contrastive", options="--steps=1 --lr=0")
 LADDER = [
     BM25,
     RANDOM,
-    Row("word vectors alone", "contrastive", options="--num-hidden-layers=0 --lr=3e-3", against=TWO),
+    Row("word vectors alone", "contrastive", "", "--num-hidden-layers=0 --lr=3e-3", against=TWO),
     Row(ONE, "mlm"),
     Row(TWO, "contrastive", ONE, against=ONE),
     Row(THREE, "finetune", TWO, against=TWO),
