@@ -3,6 +3,7 @@ What bench/parity.py and gradients.py measure is tested elsewhere."""
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -317,7 +318,11 @@ def test_glue_is_read_in_the_form_of_the_hub_and_learned(tokenizer, tmp_path, ca
 
 
 def test_domains_trains_on_the_text_of_each_and_runs_nothing_twice(killed, data, tmp_path, capsys):
-    sources, out = killed[0].parent, tmp_path / "out"
+    sources, out = tmp_path / "sources", tmp_path / "out"
+    shutil.copytree(killed[0].parent / "pairs", sources / "pairs")
+    corpus = {f"d{i}": ". ".join(sentence(3, i, k) for k in range(3)) + "." for i in range(20)}
+    queries = [(text[:40], [name]) for name, text in corpus.items()]
+    write_task(sources / "retrieval/policyqa", corpus, {"dev": queries}, ("", ""))
     tiny_model(load_tokenizer(data)).save_pretrained(tmp_path / "demo")
     given = [str(sources), f"--model={tmp_path}/demo", f"--data={data}", f"--out={out}"]
     given += ["--domains=legal,medical", "--seeds=0", f"--options={experiments.SMALL}"]

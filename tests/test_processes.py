@@ -134,7 +134,7 @@ def test_more_processes_may_continue_a_run_that_one_began(world, stage, folder):
 def test_any_number_of_processes_mines_the_same_negatives(world, folder):
     """test_finetune.py has the same for chunks that are small enough to be shared out."""
     found, expected = (
-        np.load(folder / f"finetune-{w}-whole" / "negatives.npz")["summary-body"]
+        np.load(folder / f"finetune-{w}-whole" / "negatives.npz")["of summary-body"]
         for w in (world, 1)
     )
     assert np.array_equal(found, expected)
