@@ -217,9 +217,9 @@ def run(options):
     number = 1 + max([int(name) for name in found if name.isdecimal()], default=0)
     folder, data = Path(options.work, f"run-{number}").resolve(), Path(options.data).resolve()
     copy_project(folder, theirs)
-    commands = (
-        ["mlm.py", "--out=out/mlm", "--steps=60", "--eval-every=0"],
-        ["contrastive.py", "--init=out/mlm", "--steps=60", "--batch-size=256", "--eval-every=0"],
+    commands = (  # 60 steps of stage 1 show that its loss falls; they are too few to start from
+        ["mlm.py", "--steps=60", "--eval-every=0"],
+        ["contrastive.py", "--steps=60", "--batch-size=256", "--lr=3e-3", "--eval-every=0"],
         ["evaluate.py", "search", "how do I read a csv file"],
     )
     for command in commands:
