@@ -10,13 +10,15 @@ the paper uses 235 million such pairs.
     torchrun --nproc-per-node=2 contrastive.py --init=out/mlm       # two processes, same result
     torchrun --nproc-per-node=8 contrastive.py --preset=paper --init=out/mlm --data=DIR
 
-Shapes: b queries of this process, M documents of all processes, E dimensions of an embedding (C, or
-fewer with Matryoshka). Three things make it work:
+Three things make it work:
 - the loss, InfoNCE: choose the right document among all documents of the batch
 - large batches, with more to choose from. GradCache computes them in pieces, with the exact
   gradient
 - each batch comes from one source of pairs, and each text begins with a prefix that names the task
   (data/store.py)
+
+Shapes: b queries of this process, M documents of all processes, E dimensions of an embedding (C, or
+fewer with Matryoshka).
 """
 
 from dataclasses import dataclass

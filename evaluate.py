@@ -381,7 +381,7 @@ def long(options, times=(1, 2, 4, 8, 16)):
     length, masked, windows = encoder.config.trained_length, None, []
     times = [n for n in times if n * length <= (options.max_tokens or math.inf)]
     if not times:
-        raise InputError(f"--max-tokens={options.max_tokens}: the trained length is {length}")
+        raise InputError(f"--max-tokens={options.max_tokens}: give {length}, as trained, or more")
     longest = length * times[-1]
     try:  # a checkpoint of stage 2 or 3 has no MLM head
         head = directory if options.model else f"{options.out}/mlm"
@@ -631,7 +631,7 @@ def probe(options, groups=8, each=150):
     queries = rng.permutation(len(task.queries))[: len(rows)]
     texts = [task.documents[i] for i in rows] + [task.queries[i] for i in queries]
     largest = min(each, counts.max()) / len(rows)
-    print(f"package: {len(rows)} texts of {len(chosen)}, {largest:.0%} of them of the largest")
+    print(f"package: {len(rows)} texts of {len(chosen)} packages; the largest has {largest:.0%}")
     print(f"kind: {len(rows)} bodies, {len(queries)} summaries")
     print(f"\n{'accuracy':28}{'package':>16}{'kind':>16}")
     table = {}

@@ -257,7 +257,8 @@ def main(arguments):
 
     for step, (micro_batches, masked) in run.steps(batch_of):
         optimizer.zero_grad()
-        masked = max(1, distributed.sum_over_processes(masked))  # tiny batches may have none
+        # at least 1, since tiny batches may have none; before the sum, so that no GPU is waited for
+        masked = distributed.sum_over_processes(max(1, masked))
         loss = 0.0
         for inputs, cu_seqlens, positions, targets in micro_batches:
             inputs, positions, targets = (

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What can be said on one GPU (the first five commands take four minutes): attention against float64, the stages with two
-# models, eager and compiled, memory of large batches, encode and training steps against transformers
-# and sentence-transformers. Prints everything, and appends it to docs/gpu.md.
+# What can be said on one GPU (the first five commands take four minutes): attention against
+# float64, the stages with two models, eager and compiled, memory of large batches, encode and
+# training steps against transformers and sentence-transformers. Prints everything, and appends it to
+# docs/gpu.md.
 #
 #     bash bench/gpu.sh                    # needs a GPU, and requirements-dev.txt installed
 #     bash bench/gpu.sh --hour=SOURCES     # and the paper in miniature (bench/experiments.py)

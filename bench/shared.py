@@ -43,8 +43,11 @@ def keep(path, work):
     of them may share a folder."""
     if not path.is_file():
         value = work()
-        with contextlib.suppress(InputError):  # another process may write it at this moment
+        try:
             write_json(path, value)
+        except InputError:
+            if not path.is_file():  # it is there if another process wrote it at this moment
+                raise
     return read_json(path)
 
 
@@ -84,8 +87,8 @@ def time_in_turns(works, rounds):
 
 
 def fastest(works):
-    """The name of the fastest of several functions: name -> function. A function
-    that runs out of GPU memory is passed over."""
+    """The name of the fastest of several functions: name -> function. A function that runs out of
+    GPU memory is passed over."""
     taken = {}
     for name, work in works.items():
         with contextlib.suppress(torch.OutOfMemoryError):

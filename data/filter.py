@@ -204,9 +204,8 @@ def write_filtered(data, out, judged, inputs, options):
         copy_data(data, folder, {str(data): ["meta.json"], str(data / "stage2"): [*judged]})
         for name, (kept, nearest) in judged.items():
             old, count = data / "stage2" / name, int(kept.sum())
-            print(
-                f"{name}: kept {count:,} of {len(kept):,} pairs ({count / max(1, len(kept)):.1%})"
-            )
+            share = count / max(1, len(kept))
+            print(f"{name}: kept {count:,} of {len(kept):,} pairs ({share:.1%})")
             show_removed(old / "pairs.jsonl", kept, nearest, options.show)
             meta["filtered"][name] = {"rows": len(kept), "kept": count}
             meta.setdefault("rows", {})[f"stage2/{name}"] = count

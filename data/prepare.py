@@ -252,8 +252,8 @@ def data_folder(out):
             yield new
             new.rename(out)
     except OSError as error:
-        reason = f"{error.strerror or error} ({error.filename})" if error.filename else error
-        raise InputError(f"cannot write {out}: {reason}") from None
+        where = f" ({error.filename})" if error.filename else ""
+        raise InputError(f"cannot write {out}: {error.strerror or error}{where}") from None
 
 
 def save_tokenizer(folder, tokenizer):
