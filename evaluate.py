@@ -4,7 +4,6 @@
     python evaluate.py search "how do I read a csv file"     # the ten best; no query: a prompt
     python evaluate.py search "..." --model-only             # without BM25
     python evaluate.py long [--model=DIR]     # beyond the trained length, four ways to scale RoPE
-    python evaluate.py probe                  # what the embeddings of each stage know, frozen
     python evaluate.py plot                   # learning curves, ladder, length curves, a map as PNG
 
 and on data from elsewhere, with any checkpoint (--model=DIR, or a name on the hub):
@@ -14,25 +13,24 @@ and on data from elsewhere, with any checkpoint (--model=DIR, or a name on the h
     python evaluate.py mteb --tasks="MTEB(eng, v1)"   # tasks or benchmarks of MTEB by their names
 
 The ladder and the long texts use modules that were held out from all training. Results go to
-OUT/results.json, and into the model card of the checkpoint that they are of.
+OUT/results.json.
 """
 
 import collections
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import math
 import os
 import re
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.card import TITLES, write_card
 from common.checkpoint import find_checkpoint
 from common.device import best_device
 from common.files import fingerprint, read_json, read_json_lines, write_arrays, write_json
@@ -42,7 +40,7 @@ from data.tasks import PREFIXES, read_scored_pairs, read_task, splits_of
 from mlm import held_out_scores
 from model import NomicBert, NomicBertForMaskedLM
 
-STAGES = tuple(TITLES)  # mlm, contrastive, finetune
+STAGES = "mlm", "contrastive", "finetune"
 
 
 @dataclass
@@ -50,13 +48,12 @@ class Options:
     data: str = "out/pydocs"  # a data folder
     out: str = "out"  # where the stages' runs are; results.json and pictures go there too
     model: str = ""  # a checkpoint directory or a name on the hub; empty: the last stage trained
-    split: str = "test"  # held-out texts of ladder, probe and map: test, or dev while tuning
+    split: str = "test"  # held-out texts of ladder and map: test, or dev while tuning
     max_tokens: int = 0  # texts are truncated to this, at least 3; 0: the trained length [0, 1e6]
     dims: int = 0  # sts, retrieval, mteb: the first dimensions only (Matryoshka); 0: all [0, 1e6]
     rope_factor: float = 0.0  # not ladder, long: Dynamic NTK's s, from 1; 0: as saved [0, 1000]
     model_only: bool = False  # search: without BM25
     tasks: str = ""  # mteb: names of tasks and benchmarks, such as "MTEB(Law, v1),SciFact"
-    languages: str = ""  # mteb: of tasks in several, such as deu,eng; empty: all of them
     seed: int = 0  # of the random weights and of the map [0, 1e18]
 
 
@@ -268,30 +265,23 @@ def dev_scores(model, tasks, max_tokens, number):
 def ladder(options):
     """BM25, random weights, the model after each stage, and the last one together with BM25, on the
     same held-out queries."""
-    tasks, rows, matched = Retrieval.open_all(options.data, options.split), {}, None
+    tasks, rows = Retrieval.open_all(options.data, options.split), {}
     print(f"{'':28}" + "".join(f"{task.name + ', nDCG@10':>32}{'MRR@10':>10}" for task in tasks))
     for name, split_identifiers in (("BM25", False), ("BM25, identifiers split", True)):
-        if importlib.util.find_spec("bm25s"):
-            matched = [task.rank_bm25(split_identifiers) for task in tasks]
-            rows[name] = ladder_row(name, tasks, matched)
-        else:
-            print(f"{name}: not measured; pip install -r requirements.txt")
-    for name, model, directory in models_of(options):
+        matched = [task.rank_bm25(split_identifiers) for task in tasks]
+        rows[name] = ladder_row(name, tasks, matched)
+    for name, model in models_of(options):
         length = options.max_tokens or model.config.trained_length
         rankings = [task.rank(model, length) for task in tasks]
         rows[name] = ladder_row(name, tasks, rankings)
-        for task in tasks if directory else ():
-            title = f"{options.split} split of {task.name}, among {len(task.documents):,} documents"
-            record(directory, title, means(rows[name][task.name]))
-    if matched:
-        both = [fuse(pair) for pair in zip(matched, rankings, strict=True)]
-        rows["the last stage with BM25"] = ladder_row("the last stage with BM25", tasks, both)
+    name, both = "the last stage with BM25", zip(matched, rankings, strict=True)
+    rows[name] = ladder_row(name, tasks, list(map(fuse, both)))
     save_results(options.out, "ladder", rows)
     if "mlm" in trained_stages(options.out):
         masked = NomicBertForMaskedLM.from_pretrained(f"{options.out}/mlm", device=best_device())
         folder = f"{options.data}/stage1/{options.split}"
         texts = Sequences(folder, masked.bert.tokenizer, masked.config.trained_length)
-        loss, hit, _ = held_out_scores(masked, [texts[i] for i in range(len(texts))])
+        loss, hit = held_out_scores(masked, [texts[i] for i in range(len(texts))])
         accuracy, perplexity = summary(hit), math.exp(loss.mean())
         save_results(options.out, "masked", {"accuracy": accuracy, "perplexity": perplexity})
         print(f"\nafter stage 1: {len(loss):,} masked tokens of {options.split} text, "
@@ -302,10 +292,6 @@ def shown(score):
     """0.412 ±0.013, from a summary."""
     error = "" if score["error"] is None else f" ±{score['error']:.3f}"
     return f"{score['mean']:.3f}{error}"
-
-
-def means(row):
-    return {metric: value["mean"] for metric, value in row.items()}
 
 
 def ladder_row(name, tasks, rankings):
@@ -324,31 +310,23 @@ def trained_stages(out):
 
 
 def models_of(options):
-    """(name of the row, model, its directory) of word vectors alone and of stage 2 from random
-    weights, where OUT has them; of random weights, whose directory is None; and of each stage that
-    was trained. Raises InputError where none was."""
+    """(name of the row, model) of word vectors alone and of stage 2 from random weights, where OUT
+    has them; of random weights; and of each stage that was trained. Raises InputError where none
+    was."""
     trained = trained_stages(options.out)
     if not trained:
         raise InputError(f"nothing was trained in {options.out}: python mlm.py, or make demo")
     for name, title in (("words", "word vectors alone"), ("without", "stage 2 without stage 1")):
-        directory = Path(options.out, name)
-        if (directory / "model.safetensors").is_file():
-            yield title, NomicBert.from_pretrained(directory, device=best_device()), directory
+        if Path(options.out, name, "model.safetensors").is_file():
+            yield title, NomicBert.from_pretrained(f"{options.out}/{name}", device=best_device())
     for stage in trained:
         model = NomicBert.from_pretrained(Path(options.out, stage), device=best_device())
         if stage == trained[0]:
             torch.manual_seed(options.seed)
             untrained = NomicBert(model.config).to(model.device)
             untrained.tokenizer, untrained.dtype = model.tokenizer, model.dtype
-            yield "random weights", untrained, None
-        yield f"after stage {STAGES.index(stage) + 1}", model, Path(options.out, stage)
-
-
-def record(directory, title, values):
-    """Adds results to a checkpoint that a run of ours wrote, for its model card."""
-    if Path(directory, "run.json").is_file():
-        save_results(directory, title, values)
-        write_card(directory)
+            yield "random weights", untrained
+        yield f"after stage {STAGES.index(stage) + 1}", model
 
 
 def save_results(out, key, value):
@@ -398,7 +376,7 @@ def long(options, times=(1, 2, 4, 8, 16)):
         print(f"masked accuracy is not measured: {reason}")
     task, table = Retrieval(Path(options.data, "long", "pages"), "test"), {}
     print(f"{len(task.queries)} queries, {len(task.documents)} documents truncated to each length")
-    print(f"\n{'':14}{'tokens':>8}{'masked accuracy':>20}{f'beyond {length}':>16}{'nDCG@10':>20}")
+    print(f"\n{'':14}{'tokens':>8}{'masked accuracy':>20}{'nDCG@10':>20}")
     for name in scalings(1):
         for n in times:
             if n == 1 and name != "plain RoPE":  # at the trained length all four are the same
@@ -409,13 +387,11 @@ def long(options, times=(1, 2, 4, 8, 16)):
             row = {"nDCG@10": task.scores(rankings)["nDCG@10"]}
             if windows:
                 masked.bert.rope = dataclasses.replace(masked.bert.rope, **scalings(n)[name])
-                _, hit, place = held_out_scores(masked, windows, piece=n * length)
-                row |= {"accuracy": hit, "beyond": hit[place >= length]}
-            row = {metric: summary(values) for metric, values in row.items() if len(values)}
+                row["accuracy"] = held_out_scores(masked, windows, piece=n * length)[1]
+            row = {metric: summary(values) for metric, values in row.items()}
             table.setdefault(name, {})[n * length] = row
-            cells = [shown(row[key]) if key in row else "" for key in ("accuracy", "beyond")]
-            cells = f"{cells[0]:>20}{cells[1]:>16}{shown(row['nDCG@10']):>20}"
-            print(f"{name:14}{n * length:8}{cells}", flush=True)
+            cells = (shown(row[key]) if key in row else "" for key in ("accuracy", "nDCG@10"))
+            print(f"{name:14}{n * length:8}" + "".join(f"{x:>20}" for x in cells), flush=True)
     if not options.model:
         save_results(options.out, "long", {"trained length": length, "table": table})
 
@@ -445,19 +421,12 @@ def sts(options, path):
     Both sentences take the prefix of classification, as in the paper (sec. 5.2.1)."""
     first, second, scores = read_scored_pairs(path)
     model, directory, length = chosen_model(options)
-    x, y = (
-        model.encode(
-            [PREFIXES["classification"] + text for text in texts], length, options.dims or None
-        )
-        for texts in (first, second)
-    )
-    cosines = (x * y).sum(1)
-    found = {"Spearman": spearman(cosines, scores), "Pearson": pearson(cosines, scores)}
-    values = ["not defined" if value is None else f"{value:.4f}" for value in found.values()]
-    named = ", ".join(map(" ".join, zip(found, values, strict=True)))
-    print(f"{Path(path).name}, {len(scores):,} pairs: {named}")
-    save_results(options.out, f"sts {path}", found)
-    record(directory, f"similarity of the pairs in {Path(path).name}", found)
+    prefixed = ([PREFIXES["classification"] + text for text in texts] for texts in (first, second))
+    x, y = (model.encode(texts, length, options.dims or None) for texts in prefixed)
+    found = spearman((x * y).sum(1), scores)
+    shown_found = "not defined: all cosines are equal" if found is None else f"{found:.4f}"
+    print(f"{Path(path).name}, {len(scores):,} pairs: Spearman {shown_found}")
+    save_results(options.out, f"sts {path}", {"Spearman": found})
 
 
 def retrieval(options, folder):
@@ -471,35 +440,42 @@ def retrieval(options, folder):
         sizes = f"{len(task.queries):,} queries, {len(task.documents):,} documents"
         print(f"{task.name}, {split}: {sizes}")
         print(f"{'':20}" + "".join(f"{metric:>17}" for metric in METRICS))
-        rankings = {"BM25": task.rank_bm25()} if importlib.util.find_spec("bm25s") else {}
-        rankings[str(directory)] = task.rank(model, length, dims=options.dims or None)
+        ranking = task.rank(model, length, dims=options.dims or None)
+        rankings = {"BM25": task.rank_bm25(), str(directory): ranking}
         for name, ranking in rankings.items():
             row = {metric: summary(values) for metric, values in task.scores(ranking).items()}
             cells = "".join(f"{shown(value):>17}" for value in row.values())
             print(f"{name[-19:]:20}{cells}", flush=True)
             save_results(options.out, f"retrieval {folder} {split} {name}", row)
-        record(directory, f"{split} split of {task.name}", means(row))
 
 
 def mteb(options):
-    """Tasks and whole benchmarks of MTEB, through its own library. One that cannot be downloaded is
-    skipped; the same command goes on after an interruption."""
-    if not options.tasks:
-        raise InputError("mteb: give --tasks=STSBenchmark,SciFact, or other names of tasks")
-    if not importlib.util.find_spec("mteb"):
-        raise InputError("mteb is not installed: pip install -r requirements-dev.txt")
-    from common.mteb_adapter import named_tasks, print_table, run_mteb
-
-    tasks = named_tasks(options.tasks, options.languages.split(",") if options.languages else None)
-    model, directory, _ = chosen_model(options)
-    name = options.model or str(directory)
-    rows = run_mteb(model, name, tasks, options.out, options.max_tokens, options.dims or None)
-    scores = print_table(rows)
-    for task, score in scores.items():
-        record(directory, f"MTEB {task}", {"main score": score})
-    if not scores:
-        raise InputError("--tasks: no task could be run; the reasons are above")
-    print(f"all scores, in mteb's layout: {options.out}/mteb/results/")
+    """MTEB (arXiv 2210.07316) through its own library, which reads the prefix of each type of task
+    from the checkpoint, and keeps all scores in OUT/mteb: the same command goes on."""
+    try:
+        import mteb as library
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise InputError("mteb is not installed: pip install -r requirements-dev.txt") from None
+    tasks, benchmarks = [], {benchmark.name: benchmark for benchmark in library.get_benchmarks()}
+    for name in re.split(r",\s*(?![^()]*\))", options.tasks):  # not the commas within brackets
+        try:
+            tasks += benchmarks[name].tasks if name in benchmarks else [library.get_task(name)]
+        except KeyError:
+            raise InputError(f"--tasks={name}: mteb has no such task or benchmark") from None
+    model, directory, length = chosen_model(options)
+    with tempfile.TemporaryDirectory() as folder:  # so that published checkpoints have prefixes too
+        model.save_pretrained(folder)
+        settings = {"device": str(model.device), "truncate_dim": options.dims or None}
+        encoder = SentenceTransformer(folder, **settings)
+    encoder.max_seq_length = length
+    key = fingerprint(f"{fingerprint(directory / 'model.safetensors')} {model.rope}".encode())
+    cache = library.ResultCache(Path(options.out, "mteb", f"{key}-{length}-{options.dims}"))
+    result = library.evaluate(encoder, tasks, cache=cache, raise_error=False)
+    for failed in result.exceptions or ():  # most likely it cannot be downloaded
+        reason = str(failed.exception).strip().split("\n")[0]
+        print(f"skipped: {failed.task_name}: {reason}")
+    print(result.to_dataframe().to_string())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -542,10 +518,8 @@ def search(options, query=None):
         raise InputError(f"{corpus} has no documents")
     embeddings = document_embeddings(model, directory, corpus, rows, length)
     match = None
-    if importlib.util.find_spec("bm25s") and not options.model_only:
-        print(
-            "ranked by the model and BM25 together; --model-only leaves BM25 out", file=sys.stderr
-        )
+    if not options.model_only:
+        print("by the model and BM25 together; --model-only: without BM25", file=sys.stderr)
         match = bm25([row["text"] for row in rows], split_identifiers=True)
     for asked in typed_queries() if query is None else [query]:
         query_embedding = model.encode([PREFIXES["query"] + asked])  # (1, E)
@@ -593,7 +567,7 @@ def map_of(options, size=2000, queries=3):
     right = np.array([min(relevant) for relevant in task.relevant])
     groups = [re.split(r"[./#]", name)[0].lstrip("_") for name in task.names]
     panels = {}
-    for name, model, _ in models_of(options):
+    for name, model in models_of(options):
         query, document = task.embed(model, model.config.trained_length)
         perplexity = min(30, len(document) // 3)  # roughly how many neighbours a point should have
         settings = {"metric": "cosine", "max_iter": 500, "random_state": options.seed}
@@ -609,47 +583,6 @@ def map_of(options, size=2000, queries=3):
     return {"panels": panels, "groups": groups, "queries": queries, "right": right[asked]}
 
 
-def probe(options, groups=8, each=150):
-    """What a frozen model knows by itself: which package a docstring is of, and whether a text is a
-    summary or a body, predicted by logistic regression from its embedding. Accuracy in five-fold
-    cross-validation, for word vectors, random weights and each stage."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    task = Retrieval.open_all(options.data, options.split)[0]
-    package = np.array([re.split(r"[./#]", name)[0] for name in task.names])
-    named, counts = np.unique(package, return_counts=True)
-    large = counts >= 10  # enough to be in each fifth
-    rng, chosen = np.random.default_rng(0), named[large][np.argsort(-counts[large])][:groups]
-    if len(chosen) < 2:
-        raise InputError(f"{options.data}: its {options.split} texts are of one package")
-    rows = np.concatenate(
-        [rng.permutation(np.flatnonzero(package == name))[:each] for name in chosen]
-    )
-    queries = rng.permutation(len(task.queries))[: len(rows)]
-    texts = [task.documents[i] for i in rows] + [task.queries[i] for i in queries]
-    largest = min(each, counts.max()) / len(rows)
-    print(f"package: {len(rows)} texts of {len(chosen)} packages; the largest has {largest:.0%}")
-    print(f"kind: {len(rows)} bodies, {len(queries)} summaries")
-    print(f"\n{'accuracy':28}{'package':>16}{'kind':>16}")
-    table = {}
-    for name, model, _ in models_of(options):
-        prefixed = [PREFIXES["classification"] + text for text in texts]
-        x = model.encode(prefixed, options.max_tokens or model.config.trained_length)
-        row = {}
-        for label, own, right in (
-            ("package", x[: len(rows)], package[rows]),
-            ("kind", x, np.arange(len(texts)) < len(rows)),
-        ):
-            fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
-            row[label] = summary(cross_val_predict(fitted, own, right, cv=5) == right)
-        print(f"{name:28}" + "".join(f"{shown(row[k]):>16}" for k in row), flush=True)
-        table[name] = row
-    save_results(options.out, "probe", table)
-
-
 def plot(options):
     """Pictures of what is in OUT, as PNG."""
     from common.plots import plot_all
@@ -663,7 +596,7 @@ def main(arguments):
     words, arguments = split_words(arguments)
     options, _ = read_options(Options, arguments)
     command = words.pop(0) if words else "ladder"
-    commands = {"ladder": ladder, "long": long, "probe": probe, "plot": plot, "mteb": mteb}
+    commands = {"ladder": ladder, "long": long, "plot": plot, "mteb": mteb}
     if command == "search":
         search(options, " ".join(words) if words else None)
     elif command in commands and not words:
@@ -672,7 +605,7 @@ def main(arguments):
         {"sts": sts, "retrieval": retrieval}[command](options, words[0])
     else:
         raise InputError(
-            f"{' '.join([command, *words])}: give search, long, probe, plot, sts FILE, "
+            f"{' '.join([command, *words])}: give search, long, plot, sts FILE, "
             "retrieval FOLDER, mteb, or nothing"
         )
 

@@ -182,11 +182,11 @@ def backward_in_chunks(model, batch, total, logits_in_memory=1 << 25):
 def held_out_scores(model, texts, piece=None, micro_batch_tokens=8192):
     """How well the model predicts masked tokens of held-out texts: the loss of each (M,), and
     whether the most likely token is right (M,). 15% of the tokens are masked, as in the released
-    code, and the same ones in every call. The third result is where in its text each one stands.
+    code, and the same ones in every call.
 
     piece: reads each text in pieces of so many tokens, as if they were texts of their own; it must
     divide the length of every text."""
-    masker, losses, hits, places = Masker(model.bert.tokenizer), [], [], []
+    masker, losses, hits = Masker(model.bert.tokenizer), [], []
     for group in store.split_by_tokens([len(text) for text in texts], micro_batch_tokens):
         batch = masker([texts[i] for i in group], 0.15, [[int(i)] for i in group])
         tokens, cu_seqlens, positions, targets = (x.to(model.bert.device) for x in batch)
@@ -195,9 +195,7 @@ def held_out_scores(model, texts, piece=None, micro_batch_tokens=8192):
         logits = model(tokens, cu_seqlens, positions).float()  # (M, V)
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
         hits.append((logits.argmax(-1) == targets).float())
-        text = torch.searchsorted(cu_seqlens, positions, right=True) - 1
-        places.append(positions - cu_seqlens[text])
-    return tuple(torch.cat(parts).cpu() for parts in (losses, hits, places))
+    return torch.cat(losses).cpu(), torch.cat(hits).cpu()
 
 
 @torch.no_grad()
@@ -274,7 +272,7 @@ def main(arguments):
         if run.log_due(step):
             run.log(step, loss=distributed.sum_over_processes(loss), lr=lr)
         if run.evaluation_due(step):
-            losses, hits, _ = held_out_scores(model, held_out)
+            losses, hits = held_out_scores(model, held_out)
             number = step // config.eval_every  # another sample in each evaluation
             sample = show_guesses(model, held_out[number % len(held_out)][:40])
             run.log(step, sample, dev_loss=losses.mean(), dev_accuracy=hits.mean())

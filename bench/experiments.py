@@ -16,11 +16,10 @@ miniature: SOURCES has these files. Training rows that repeat a text of the task
     pairs/{arxiv,medquad,stackexchange,tldr}.jsonl.gz {"query", "document"}: stage 2
     folders/{peps,swift-evolution}.tar.gz             reStructuredText, Markdown: stages 1 and 2
     pairs/{questions_wiki,medquad}.jsonl.gz           stage 3; medquad's negatives: same "topic"
-    retrieval/{scifact-train,questions-amazon,policyqa,qmsum-trainval}/     BEIR layout, dev
+    retrieval/{scifact-train,questions-amazon,policyqa}/     a task in the BEIR layout, dev
     sts/stsb-en-dev.csv.gz                            a task: sentence, sentence, score
 """
 
-import dataclasses
 import itertools
 import json
 import re
@@ -38,12 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.shared import keep
 from bench.stages import STAGES
 from common.device import best_device, device_name
-from common.files import read_json, read_lines, write_text
+from common.files import read_lines, write_text
 from common.options import InputError, cli, read_options, split_words
-from data import filter as consistency
 from data import folder, pairs, pydocs
 from data.tasks import PREFIXES, read_scored_pairs, write_jsonl, write_task
-from evaluate import Retrieval, fuse, scalings, shown, spearman, summary
+from evaluate import Retrieval, fuse, shown, spearman, summary
 from model import NomicBert
 
 
@@ -52,15 +50,11 @@ class Row:
     """One line of a table: a run, or another way to evaluate the model of one."""
 
     name: str
-    stage: str = ""  # mlm, contrastive or finetune; or filter, which makes data
-    start: str = ""  # the row whose model it starts from, filters with, or evaluates; empty: BM25
+    stage: str = ""  # mlm, contrastive or finetune
+    start: str = ""  # the row whose model it starts from, or evaluates; empty: BM25
     options: str = ""  # of the stage, beside those of the size
-    data: str = ""  # the row whose data it takes; empty: that of the group
     against: str = ""  # the row that it is compared with
     dims: int = 0  # evaluates the first dimensions only; 0: all
-    tokens: int = 0  # truncates texts to this length; 0: the trained one, and no more than 512
-    scaling: str = "Dynamic NTK"  # of RoPE
-    long: bool = False  # in miniature: evaluates on QMSum, whose documents are long
     with_bm25: bool = False  # the model and BM25 together
 
 
@@ -87,7 +81,7 @@ LADDER = [
     Row("none at a rate of 3e-4", "finetune", TWO, "--lr=3e-4 --negatives=0", against=EASY),
     Row("margin 0.95", "finetune", TWO, "--margin=0.95", against=EASY),
 ]
-FILTER, FILTERED, M = "the filter", "stage 2 with the filter", "--matryoshka"
+M = "--matryoshka"
 MINIATURE = [
     BM25,
     RANDOM,
@@ -99,16 +93,8 @@ MINIATURE = [
     Row("without stage 1", "finetune", NO_ONE, M, against=THREE),
     Row(NO_TWO, "finetune", ONE, M, against=THREE),
     Row(EASY, "finetune", TWO, f"{M} --negatives=0", against=THREE),
-    Row(FILTER, "filter", TWO, "--max-tokens=512"),
-    Row(FILTERED, "contrastive", ONE, data=FILTER, against=TWO),
-    Row("with the filter", "finetune", FILTERED, M, FILTER, THREE),
     *(Row(f"{THREE}: {n} dimensions", start=THREE, against=THREE, dims=n) for n in (64, 128, 256)),
-    Row("BM25 of whole documents", long=True),
 ]
-for n, rope in itertools.product((512, 2048, 4096, 8192), scalings(1)):
-    read = {"tokens": n, "scaling": rope, "long": True}
-    against = f"{rope}: 2048 tokens" if n != 2048 else ""
-    MINIATURE.append(Row(f"{rope}: {n} tokens", start=THREE, against=against, **read))
 GROUPS = {"ladder": LADDER, "miniature": MINIATURE}
 
 LONGER = "--trained-length=512 --document-tokens=512 --tokens-in-memory=131072"
@@ -133,7 +119,6 @@ RATE = {"laptop": "3e-3", "gpu": "1e-3", "tiny": "3e-3"}  # of stage 2 from rand
 ARTICLES, ARXIV = 5000, 50_000  # of Wikipedia and arXiv, at most
 TASKS = {"SciFact": "retrieval/scifact-train", "Amazon": "retrieval/questions-amazon"}
 TASKS |= {"PolicyQA": "retrieval/policyqa", "STS": "sts/stsb-en-dev.csv.gz"}
-LONG_TASKS = {"QMSum": "retrieval/qmsum-trainval"}
 
 
 @dataclass
@@ -156,20 +141,14 @@ def slug(name):
 
 
 def run_row(row, seed, group, options):
-    """Trains or filters if the row says so, and evaluates. Returns {"scores": task -> values,
-    "on": the machine, "minutes": of training}."""
+    """Trains if the row says so, and evaluates. Returns {"scores": task -> values, "on": the
+    machine, "minutes": of training}."""
 
     def directory(name):
         return Path(options.out, seed, slug(name)) if name else None
 
     out, start, result = directory(row.name), directory(row.start), {}
-    data = directory(row.data) or (f"{options.out}/data" if group == "miniature" else options.data)
-    if row.stage == "filter":
-        if not out.exists():
-            consistency.main([str(data), f"--judge={start}", f"--out={out}", *row.options.split()])
-        counts = read_json(out / "meta.json")["filtered"].values()
-        kept = sum(n["kept"] for n in counts) / sum(n["rows"] for n in counts)
-        return {"on": device_name(best_device()), "scores": {"pairs kept": [kept]}}
+    data = f"{options.out}/data" if group == "miniature" else options.data
     if row.stage:
         sized = group == "miniature" or options.size == "tiny"
         arguments = SIZES[options.size][row.stage].split() if sized else []
@@ -187,16 +166,14 @@ def evaluate(row, checkpoint, group, options):
     """task -> nDCG@10 of each query; of scored pairs a single number, Spearman, which BM25 has not.
     checkpoint: None for BM25."""
     if group == "miniature":
-        tasks, split = LONG_TASKS if row.long else TASKS, "dev"
+        tasks, split = TASKS, "dev"
     else:
         folders = sorted(p for p in Path(options.data, "retrieval").glob("*") if p.is_dir())
         tasks, split = {path.name: f"retrieval/{path.name}" for path in folders}, options.split
     if checkpoint:
         model = NomicBert.from_pretrained(checkpoint, device=best_device())
-        trained, dims = model.config.trained_length, min(row.dims, model.config.hidden_size) or None
-        tokens = row.tokens or min(512, trained)
-        if tokens > trained:
-            model.rope = dataclasses.replace(model.rope, **scalings(tokens / trained)[row.scaling])
+        dims = min(row.dims, model.config.hidden_size) or None
+        tokens = min(512, model.config.trained_length)
     scores = dict.fromkeys(tasks, [])
     for name, path in tasks.items():
         path = Path(options.data, path)
@@ -249,8 +226,8 @@ def make_data(sources, out, size):
         queries = {"dev": [(sentence, [str(i)]) for i, sentence in enumerate(first)]}
         write_task(raw / "sts", corpus, queries, ("", ""))
 
-        tasks = (sources / path for path in (*TASKS.values(), *LONG_TASKS.values()))
-        held_out = ",".join(str(path) for path in (raw / "sts", *tasks) if path.suffix != ".gz")
+        tasks = (raw / "sts", *(sources / path for path in TASKS.values()))
+        held_out = ",".join(str(path) for path in tasks if path.suffix != ".gz")
         common = [f"--out={raw}/pairs", f"--held-out={held_out}", "--queries=100"]
         weak = [f"{sources}/pairs/{name}.jsonl.gz" for name in ("medquad", "stackexchange", "tldr")]
         weak += [f"{raw}/arxiv.jsonl:clustering", f"{raw}/wikipedia.jsonl:classification"]
@@ -285,23 +262,20 @@ def difference(runs, others, task):
 
 
 def report(group, options, results):
-    """Markdown: a table for all rows that are evaluated on the same tasks. results: row -> seed ->
-    what run_row returned."""
+    """A Markdown table. results: row -> seed -> what run_row returned."""
     machines = {run["on"] for runs in results.values() for run in runs.values()}
-    text, tables = f"# {group}\n\nSize {options.size}; {'; '.join(sorted(machines))}.\n", {}
+    text, lines = f"# {group}\n\nSize {options.size}; {'; '.join(sorted(machines))}.\n\n", []
     for row in (row for row in GROUPS[group] if row.name in results):
         runs, others = results[row.name], results.get(row.against, {})
-        tasks, line = tuple(next(iter(runs.values()))["scores"]), [row.name]
+        tasks, line = list(next(iter(runs.values()))["scores"]), [row.name]
         for task in tasks:
             line += [cell(runs, task), difference(runs, others, task)]
         minutes = [run["minutes"] for run in runs.values() if "minutes" in run]
         line += [row.against, f"{np.mean(minutes):.1f}" if minutes else ""]
-        titles = ["", *(title for task in tasks for title in (task, "difference"))]
-        head = [[*titles, "from", "minutes"], ["---", *["---:"] * (len(titles) + 1)]]
-        tables.setdefault(tasks, head).append(line)
-    for lines in tables.values():
-        text += "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return text
+        lines.append(line)
+    titles = ["", *(title for task in tasks for title in (task, "difference")), "from", "minutes"]
+    head = [titles, ["---", *["---:"] * (len(titles) - 1)]]
+    return text + "".join(f"| {' | '.join(line)} |\n" for line in [*head, *lines])
 
 
 def main(arguments):
@@ -321,7 +295,7 @@ def main(arguments):
     if not chosen:
         raise InputError(f"--rows={options.rows}: the rows are {', '.join(x.name for x in rows)}")
     for row in reversed(rows):  # and those that they depend on, which stand above them
-        chosen |= {row.start, row.data} if row.name in chosen else set()
+        chosen |= {row.start} if row.name in chosen else set()
 
     settings = {key: value for key, value in asdict(options).items() if key not in FREE}
     if (before := keep(Path(options.out, "settings.json"), lambda: settings)) != settings:

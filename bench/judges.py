@@ -13,21 +13,21 @@ its scores in OUT: the same command continues an interrupted one.
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import contrastive
-from bench.shared import keep, print_head, print_machine, print_row
+from bench.shared import print_head, print_machine, print_row, train_and_score
 from common.device import best_device
 from common.files import load_tokenizer, read_json_lines
 from common.options import cli, read_options
 from data import filter as consistency
 from data.prepare import data_folder, write_source
 from data.store import open_sources
-from evaluate import Retrieval, shown, summary
-from model import NomicBert
+from evaluate import shown, summary
 
 
 @dataclass
@@ -86,24 +86,6 @@ def kept_rows(folder, drawn):
     return np.array(kept)
 
 
-def train(options, data, name):
-    """task -> nDCG@10 of each query, in the mean over seeds."""
-    runs = []
-    for seed in options.seeds.split(","):
-        out = Path(options.out, f"{name}-{seed}")
-
-        def run(out=out, seed=seed):
-            given = [f"--data={data}", f"--out={out}", f"--seed={seed}", "--eval-every=0"]
-            contrastive.main([*given, *options.options.split()])
-            model = NomicBert.from_pretrained(out, device=best_device())
-            tasks = Retrieval.open_all(options.data, "test")
-            length = model.config.trained_length
-            return {t.name: t.scores(t.rank(model, length))["nDCG@10"] for t in tasks}
-
-        runs.append(keep(Path(options.out, "scores", f"{name}-{seed}.json"), run))
-    return {task: np.mean([run[task] for run in runs], axis=0) for task in runs[0]}
-
-
 def main(arguments):
     options, _ = read_options(Options, arguments)
     out, drawn = Path(options.out), draw(options)
@@ -111,14 +93,15 @@ def main(arguments):
     good = {name: tuple(x[~parts[2]] for x in parts) for name, parts in drawn.items()}
     write(options, out / "all", drawn)
     write(options, out / "good", good)
-    scores, kept = {"all": train(options, out / "all", "all")}, {"all": np.ones_like(planted)}
+    train = partial(train_and_score, contrastive, options)
+    scores, kept = {"all": train("all", out / "all")}, {"all": np.ones_like(planted)}
     judges = [f"{out}/all-{options.seeds.split(',')[0]}", *filter(None, options.judges.split(","))]
     for number, judge in enumerate(judges):
         name = f"kept-{number}"
         consistency.main([f"{out}/all", f"--judge={judge}", f"--out={out}/{name}", "--show=0"])
         kept[name] = kept_rows(out / name, drawn)
-        scores[name] = train(options, out / name, name)
-    kept["good"], scores["good"] = ~planted, train(options, out / "good", "good")
+        scores[name] = train(name, out / name)
+    kept["good"], scores["good"] = ~planted, train("good", out / "good")
     print()
     print_machine(best_device(), f"{len(planted):,} pairs, {planted.sum():,} planted")
     titles = [title for task in scores["all"] for title in (task, "difference")]

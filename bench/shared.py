@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.device import device_name
+from common.device import best_device, device_name
 from common.files import read_json, write_json
 from common.options import InputError
 from data.store import Source
-from model import ModelConfig
+from evaluate import Retrieval
+from model import ModelConfig, NomicBert
 
 
 def print_row(*cells):
@@ -49,6 +50,24 @@ def keep(path, work):
             if not path.is_file():  # it is there if another process wrote it at this moment
                 raise
     return read_json(path)
+
+
+def train_and_score(stage, options, name, data, *settings):
+    """Trains a stage on `data` with each of options.seeds. Returns task -> nDCG@10 of each test
+    query of options.data, in the mean over seeds. Each run's scores stay in options.out."""
+
+    def run(out, seed):
+        given = [f"--data={data}", f"--out={out}", f"--seed={seed}", "--eval-every=0"]
+        stage.main([*given, *settings, *options.options.split()])
+        model = NomicBert.from_pretrained(out, device=best_device())
+        tasks, length = Retrieval.open_all(options.data, "test"), model.config.trained_length
+        return {task.name: task.scores(task.rank(model, length))["nDCG@10"] for task in tasks}
+
+    runs = []
+    for seed in options.seeds.split(","):
+        out, path = (Path(options.out, x) for x in (f"{name}-{seed}", f"scores/{name}-{seed}.json"))
+        runs.append(keep(path, lambda out=out, seed=seed: run(out, seed)))
+    return {task: np.mean([run[task] for run in runs], axis=0) for task in runs[0]}
 
 
 def whole_numbers(text, option):

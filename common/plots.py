@@ -117,11 +117,10 @@ def draw_ladder(rows):
 def draw_length(results):
     """Masked accuracy and retrieval by length, a line for each scaling of RoPE."""
     trained, table = results["trained length"], results["table"]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     for axis, metric, title in (
         (axes[0], "accuracy", "masked tokens predicted, held-out text"),
-        (axes[1], "beyond", "the same, beyond the trained length only"),
-        (axes[2], "nDCG@10", "nDCG@10, long documents truncated to the length"),
+        (axes[1], "nDCG@10", "nDCG@10, long documents truncated to the length"),
     ):
         for (name, row), color in zip(table.items(), (GREY, GREEN, ORANGE, BLUE), strict=True):
             lengths = [int(length) for length in row]

@@ -7,7 +7,6 @@ OUT holds
     state.pt                                              weights, optimizer, step: to continue from
     run.json                                              options, data, versions
     log.jsonl                                             an object per logged step
-    README.md                                             the model card, made from these files
 
 Each file is replaced as a whole, and state.pt has all that continuing needs, so that it never has
 to match another file. The same command continues a run that was interrupted, and reports one that
@@ -27,7 +26,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.card import write_card
 from common.device import device_name, peak_flops
 from common.distributed import (
     call_everywhere,
@@ -174,7 +172,6 @@ class Run:
                 raise InputError(f"{path}, line {number}: not a line of a log") from None
             kept += len(line)
         self.log_file.truncate(kept)
-        (self.out / "results.json").unlink(missing_ok=True)  # they are of other weights
 
     def describe(self, about):
         """Prints what differs from the defaults, and writes run.json."""
@@ -297,7 +294,6 @@ class Run:
     def write(self, step):
         if is_first():
             self.model.save_pretrained(self.out)
-            write_card(self.out)
             state = {"step": step, "settings": self.settings}
             state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
             write_whole(self.out / "state.pt", lambda path: torch.save(state, path))

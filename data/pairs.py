@@ -19,19 +19,13 @@ names files. Faulty rows are left out and counted by reason. Parquet and the hub
 
 import collections
 import csv
-import gc
 import glob
 import hashlib
 import itertools
 import json
-import os
 import re
-import shutil
-import signal
 import sys
 import time
-from array import array
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.files import fingerprint, load_tokenizer, read_lines, write_json
 from common.options import InputError, cli, read_options, split_words
 from data import prepare
-from data.duplicates import REASONS, HeldOut, contamination, held_out_texts
+from data.duplicates import HeldOut, contamination, held_out_texts
 from data.store import encode
 from data.tasks import read_texts, write_jsonl, write_task
 
@@ -63,7 +57,6 @@ class Options:
     queries: int = 1000  # held-out queries of each source, at most [0, 1000000]
     held_out: str = ""  # further retrieval tasks that must not be trained on, with commas
     limit: int = 0  # rows of each source; 0: all [0, 1e12]
-    processes: int = 0  # that tokenise; 0: as many as cores [0, 256]
     show: int = 0  # how many pairs to print, drawn at random from all sources [0, 1000]
     paper: bool = False  # read the sources of data/paper.tsv
     list: bool = False  # print the sources of data/paper.tsv, and prepare nothing
@@ -86,13 +79,20 @@ class Pairs:
 # Reading
 
 
-def read_rows(source, limit):
-    """The rows of a source: objects, or lines of JSON that are still to be parsed."""
+def read_pairs(source, limit, faults):
+    """Yields (query, document, negatives) of the first `limit` rows of a source; 0: of all. Rows
+    that give no pair are counted. faults: reason -> [number of rows, the first of them]."""
     rows = itertools.chain.from_iterable(read_place(place, limit) for place in source.places)
-    return itertools.islice(rows, limit or None)
+    for number, row in enumerate(itertools.islice(rows, limit or None), start=1):
+        pairs, fault = pairs_in(row, source)
+        if fault:
+            first = f"row {number}: {str(row)[:60].strip()}"
+            faults.setdefault(fault, [0, first])[0] += 1
+        yield from pairs
 
 
 def read_place(place, limit):
+    """The rows of a file or a data set: objects, or lines of JSON that are still to be parsed."""
     kind, lines = SUFFIX.search(place), (f"{line}\n" for _, line in read_lines(place))
     if not Path(place).is_file() or kind[1] == "parquet":
         return read_dataset(place, kind, limit)
@@ -170,15 +170,13 @@ def pairs_in(row, source):
 def hold_out(source, options, folder):
     """Writes the retrieval task of a source of pairs. Returns (training text of its first rows,
     held-out queries, split -> held-out documents)."""
-    answers, reason = {}, "no rows"  # answers: query -> its documents
-    for row in itertools.islice(read_rows(source, options.limit), SAMPLE):
-        pairs, fault = pairs_in(row, source)
-        if fault:
-            reason = f"{fault} in {str(row)[:60].strip()}; --columns= names columns"
-        for query, document, _ in pairs:
-            answers.setdefault(query, []).append(document)
+    answers, faults = {}, {}  # query -> its documents
+    for query, document, _ in read_pairs(source, min(SAMPLE, options.limit or SAMPLE), faults):
+        answers.setdefault(query, []).append(document)
     if not answers:
-        raise InputError(f"{source.name}: {reason}")
+        for fault, (_, first) in faults.items():
+            raise InputError(f"{source.name}: {fault} in {first}; --columns= names columns")
+        raise InputError(f"{source.name}: no rows")
 
     def documents_of(queries):
         return [document for query in queries for document in answers[query]]
@@ -207,86 +205,39 @@ def hold_out(source, options, folder):
 
 
 # ------------------------------------------------------------------------------------------------
-# Tokenising, in several processes
-
-
-def start_worker(tokenizer, held_out, queries):
-    """queries: (name of a source, held-out query)."""
-    global WORKER
-    WORKER = tokenizer, held_out, queries
-    gc.freeze()  # so that the garbage collector does not search all of this again and again
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends this
-
-
-def encode_rows(source, rows):
-    """[(number, row)] -> what SourceWriter.append takes; the keys of the rows that are kept, by
-    which copies are found; and [(number, fault)]."""
-    tokenizer, held_out, held_out_queries = WORKER
-    kept, faults = [], []
-    for number, row in rows:
-        pairs, fault = pairs_in(row, source)
-        faults += [(number, fault)] if fault else []
-        kept += [(number, *p) for p in pairs if (source.name, p[0]) not in held_out_queries]
-    numbers, queries, documents, negatives = zip(*kept, strict=True) if kept else [()] * 4
-    texts = {"document": documents}
-    if source.prefixes:
-        texts |= {"query": queries, "negative": itertools.chain.from_iterable(negatives)}
-    columns = {name: encode(tokenizer, found) for name, found in texts.items()}
-    counts = np.array(list(map(len, negatives)), np.int64)
-    repeats = held_out.find_rows(columns, counts)
-    faults += [(numbers[i], REASONS[repeats[i]]) for i in np.flatnonzero(repeats)]
-    rows = [dict(zip(PUBLISHED, row[1:], strict=True)) for row in kept if source.prefixes]
-    keys = prepare.row_keys(*(columns[name] for name in source.prefixes or ["document"]))
-    keep = repeats == 0
-    return columns, list(map(prepare.json_line, rows)), counts, keep, keys[keep], faults
-
-
-def encode_all(source, rows, executor, waiting):
-    """Yields encode_rows of all rows in order. `waiting` batches are in memory at any time."""
-    rows = enumerate(rows, start=1)
-    batches = iter(lambda: list(itertools.islice(rows, prepare.BATCH)), [])
-    submitted = (executor.submit(encode_rows, source, batch) for batch in batches)
-    try:
-        pending = collections.deque(itertools.islice(submitted, waiting))
-        while pending:
-            yield pending.popleft().result()
-            pending.extend(itertools.islice(submitted, 1))
-    except BrokenExecutor:  # killed, most likely for lack of memory
-        raise InputError("a process was killed: give fewer --processes") from None
-
-
-# ------------------------------------------------------------------------------------------------
 # Writing
 
 
-def write_pairs(folder, source, encoded, tokenizer):
-    """Writes a source from encode_all. If some rows are copies of earlier ones, it is written a
-    second time without them. Returns the number of rows and a Counter of faults; the first row with
-    each fault is printed."""
-    raw, faults = folder.with_name(f"{folder.name}.raw"), collections.Counter()
-    writer, keys = prepare.SourceWriter(raw, source.prefixes, tokenizer), array("q")
-    for *batch, row_keys, found in encoded:
-        writer.append(*batch)
-        keys.frombytes(row_keys.tobytes())
-        for number, fault in found:
-            if fault not in faults:
-                print(f"  {', '.join(source.places)}, row {number}: {fault}")
-            faults[fault] += 1
+def write_pairs(folder, source, limit, tokenizer, held_out, queries):
+    """Writes a source without its held-out queries, rows that repeat held-out text, and copies of
+    earlier rows, of which it remembers 80 bytes for each row. Returns the number of rows, and
+    reason -> how many were left out."""
+    writer = prepare.SourceWriter(folder, source.prefixes, tokenizer, held_out)
+    faults, copies, seen = {}, 0, set()
+    pairs = (pair for pair in read_pairs(source, limit, faults) if pair[0] not in queries)
+    while batch := list(itertools.islice(pairs, prepare.BATCH)):
+        query, document, negatives = zip(*batch, strict=True)
+        texts = {"document": document}
+        if source.prefixes:
+            texts |= {"query": query, "negative": itertools.chain.from_iterable(negatives)}
+        columns = {name: encode(tokenizer, found) for name, found in texts.items()}
+        new = np.zeros(len(batch), bool)
+        for i, key in enumerate(prepare.row_keys(*(columns[n] for n in source.prefixes or texts))):
+            new[i] = key not in seen
+            seen.add(key)
+        copies += int((~new).sum())
+        lines = [prepare.json_line(dict(zip(PUBLISHED, pair, strict=True))) for pair in batch]
+        writer.append(columns, lines, np.array(list(map(len, negatives))), new)
     if not writer.rows:
         raise InputError(f"{source.name}: no row is left")
-    writer.finish()
-    keep, rows = prepare.first_of_each(keys), writer.rows
-    if keep.all():
-        raw.rename(folder)
-    else:
-        rows, _ = prepare.write_source(
-            folder, {}, source.prefixes, tokenizer, stored=[raw], keep=keep
-        )
-        faults["copy of another row"] = writer.rows - rows
-        shutil.rmtree(raw)
-    shown = ", ".join(f"{n:,} {fault}" for fault, n in faults.items()) or "none"
+    rows, repeats = writer.finish()
+    for fault, (count, first) in faults.items():
+        print(f"  {source.name}: {count:,} {fault}, the first in {first}")
+    left_out = {fault: count for fault, (count, _) in faults.items()} | repeats
+    left_out |= {"copy of another row": copies} if copies else {}
+    shown = ", ".join(f"{n:,} {reason}" for reason, n in left_out.items()) or "none"
     print(f"  {'/'.join(folder.parts[-2:]):34} {rows:10,} rows; left out: {shown}")
-    return rows, faults
+    return rows, left_out
 
 
 def make(sources, options, inputs):
@@ -298,27 +249,21 @@ def make(sources, options, inputs):
     if twice:
         raise InputError(f"two sources are called {twice[0]}: rename one of the files")
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
-    processes = options.processes or os.cpu_count()
     with prepare.data_folder(out) as folder:
-        queries, training, texts = set(), [], {"dev": {}, "test": {}}
+        queries, training, texts = {}, [], {"dev": {}, "test": {}}
         for source in sources:
-            sample, chosen, held_out = hold_out(source, options, folder)
-            queries |= {(source.name, query) for query in chosen}
+            sample, queries[source.name], held_out = hold_out(source, options, folder)
             training += [] if tokenizer else sample
             for split in texts:
                 texts[split] |= dict.fromkeys(held_out[split])
         tokenizer = tokenizer or prepare.train_tokenizer(training, options.vocab_size)
         prepare.save_tokenizer(folder, tokenizer)
         tasks = [*sorted(folder.glob("retrieval/*")), *filter(None, options.held_out.split(","))]
-        held_out = HeldOut(held_out_texts(tasks), tokenizer)
-        counts, faults, job = {}, {}, (tokenizer, held_out, queries)
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread in each process
-        with ProcessPoolExecutor(processes, initializer=start_worker, initargs=job) as executor:
-            for source in sources:
-                name = f"stage{source.stage}/{source.name if source.stage > 1 else 'train'}"
-                rows = read_rows(source, options.limit)
-                encoded = encode_all(source, rows, executor, 2 * processes)
-                counts[name], faults[name] = write_pairs(folder / name, source, encoded, tokenizer)
+        held_out, counts, left_out = HeldOut(held_out_texts(tasks), tokenizer), {}, {}
+        for source in sources:
+            name = f"stage{source.stage}/{source.name if source.stage > 1 else 'train'}"
+            given = (options.limit, tokenizer, held_out, set(queries[source.name]))
+            counts[name], left_out[name] = write_pairs(folder / name, source, *given)
         if "stage1/train" not in counts:
             stored = [folder / name for name in counts]
             counts["stage1/train"] = prepare.write_documents(
@@ -332,8 +277,8 @@ def make(sources, options, inputs):
         rows = ({"_id": str(i), "text": text} for i, text in enumerate(dict.fromkeys(found)))
         write_jsonl(folder / "search" / "corpus.jsonl", rows)
         prepare.print_unknown(folder)
-        leaks = contamination(held_out, faults)
-        meta = {"made_by": "nanoembed", "inputs": inputs, "rows": counts, "left out": faults}
+        leaks = contamination(held_out, {n: collections.Counter(c) for n, c in left_out.items()})
+        meta = {"made_by": "nanoembed", "inputs": inputs, "rows": counts, "left out": left_out}
         write_json(folder / "meta.json", meta | {"contamination": leaks})
     print(f"  {leaks['removed']:,} training rows that repeat held-out text were left out")
     print(f"wrote {out} in {time.time() - began:.0f} s")
@@ -417,7 +362,7 @@ def main(arguments):
     if not sources:
         raise InputError("no sources: python data/pairs.py FILES, or --paper")
     inputs = {"script": "data/pairs.py", "files": files, **asdict(options)}
-    for name in ("out", "processes", "show", "list"):  # these do not change what is written
+    for name in ("out", "show", "list"):  # these do not change what is written
         del inputs[name]
     here = [Path(p) for source in sources for p in source.places if Path(p).is_file()]
     inputs["changed"] = {str(path): fingerprint(path) for path in here}

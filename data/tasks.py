@@ -26,6 +26,14 @@ PREFIXES = {  # task -> what stands before the text (sec. 3.2)
     "classification": "classification: ",
     "clustering": "clustering: ",
 }
+# A checkpoint has them under mteb's names of task types too (sec. 5.2.1; for reranking as in the
+# released code), so that mteb finds the prefix of every task by itself
+PROMPTS = PREFIXES | {"Clustering": "clustering: ", "QuoraRetrieval-document": "search_query: "}
+PROMPTS |= dict.fromkeys(
+    ["Classification", "MultilabelClassification", "PairClassification", "Reranking", "STS"]
+    + ["Summarization", "BitextMining"],
+    "classification: ",
+)
 
 HEADER = re.compile(r"[a-z_ ]*(score|label|similarity|relatedness|gold)[a-z_ ]*", re.I)
 

@@ -213,13 +213,3 @@ def test_a_prediction_is_judged_at_two_standard_errors(predicted, mean, verdict)
     found = experiments.verdict_on(predicted, {"mean": mean, "error": 0.02})
     assert re.match(verdict, found)
     assert ("told" in found) == (abs(mean) < 0.04)
-
-
-def test_the_notebook_runs(tmp_path):
-    """Without checkpoints its experiment says what is missing; all else works."""
-    cutting.copy_project(tmp_path / "copy", {})
-    settings = {"cwd": tmp_path / "copy" / "lab", "capture_output": True, "text": True}
-    result = subprocess.run([sys.executable, "notebook.py"], **settings)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("not begun") == 5 and "make demo" in result.stdout
-    assert len(list(tmp_path.glob("copy/lab/work/*.png"))) == 5

@@ -20,7 +20,6 @@ from model import (
     NomicBert,
     NomicBertForMaskedLM,
     Segments,
-    attend_in_blocks,
     find_segments,
     mean_pool,
     packed_attention,
@@ -119,7 +118,9 @@ def check_attention(dtype, kernel=None, device=CPU, lengths=LENGTHS, H=2, D=64):
     x = qkv.detach()[order].to(device, dtype).requires_grad_()
     out = packed_attention(*x.unbind(1), segments)
     (out * weights[order].to(out)).sum().backward()
-    for found, wanted, times in ((out, expected, 1), (x.grad, gradient, 2)):
+    with torch.no_grad():  # in bf16 on a CPU this is another way to compute it
+        again = packed_attention(*x.unbind(1), segments)
+    for found, wanted, times in ((out, expected, 1), (again, expected, 1), (x.grad, gradient, 2)):
         bounds = {"rtol": 0, "atol": times * TOLERANCE[dtype]}
         torch.testing.assert_close(found.detach().cpu().double(), wanted[order], **bounds)
 
@@ -127,17 +128,6 @@ def check_attention(dtype, kernel=None, device=CPU, lengths=LENGTHS, H=2, D=64):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_attention_is_softmax_within_each_text(dtype):
     check_attention(dtype)
-
-
-@pytest.mark.parametrize("scores_at_a_time", [1, 500, 1000, 40**2, 3 * 40**2, 1 << 22])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_attention_in_blocks_of_rows_or_heads_is_softmax(dtype, scores_at_a_time):
-    """3 texts of 40 tokens, 2 heads: by 1, 12 or 25 rows, 1 or 3 heads, and all at once."""
-    torch.manual_seed(0)
-    qkv = torch.randn(3, 3, 2, 40, 64, dtype=torch.float64)  # (3, texts, H, length, D)
-    expected = (qkv[0] @ qkv[1].mT / 8).softmax(-1) @ qkv[2]
-    out = attend_in_blocks(*qkv.to(dtype), scores_at_a_time).double()
-    torch.testing.assert_close(out, expected, rtol=0, atol=TOLERANCE[dtype])
 
 
 def test_texts_of_equal_length_come_together_the_longest_first():

@@ -16,7 +16,7 @@ SHAPE = "--hidden-size=64 --num-attention-heads=2 --intermediate-size=64"
 SMALL = {  # script -> options that make it small; of two values of an option the last one counts
     "data/pydocs.py": "--core=numpy,tqdm --vocab-size=2048",
     "data/folder.py": "--vocab-size=2048",
-    "data/pairs.py": "--vocab-size=500 --processes=1",
+    "data/pairs.py": "--vocab-size=500",
     "data/filter.py": "--sources=halves",
     "mlm.py": f"--steps=3 --batch-size=8 --eval-every=0 {SHAPE}",
     "contrastive.py": "--steps=3 --batch-size=8 --eval-every=0",
@@ -28,7 +28,6 @@ SMALL = {  # script -> options that make it small; of two values of an option th
     "bench/memory.py": "--batches=64 --source=name-code",
     "bench/gradients.py": "--processes=2",
     "bench/attention.py": "--tokens=300 --heads=1 --rounds=1",
-    "bench/long.py": "--lengths=64,128 --texts=2 --depths=2 --needle=16",
     "bench/experiments.py": "--size=tiny --rows='without stage 2'",
 }
 STAGES = ["mlm.py", "contrastive.py --init=out/mlm", "finetune.py --init=out/contrastive"]
