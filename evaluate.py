@@ -25,6 +25,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -471,6 +472,7 @@ def mteb(options):
     encoder.max_seq_length = length
     key = fingerprint(f"{fingerprint(directory / 'model.safetensors')} {model.rope}".encode())
     cache = library.ResultCache(Path(options.out, "mteb", f"{key}-{length}-{options.dims}"))
+    warnings.simplefilter("ignore")  # that the names of our own prefixes are none of mteb's
     result = library.evaluate(encoder, tasks, cache=cache, raise_error=False)
     for failed in result.exceptions or ():  # most likely it cannot be downloaded
         reason = str(failed.exception).strip().split("\n")[0]

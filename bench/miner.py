@@ -38,14 +38,14 @@ class Options:
     options: str = ""  # more options of finetune.py
 
 
-def mine(source, path, embed, config):
+def mine(source, path, embed, prefixes, config):
     """(query, document, its negatives) of each row, mined as finetune.mine_source does."""
     pairs = list(consistency.read_pairs(path, len(source)))
     first, right, answers = finetune.marked_answers(
         source, config.query_tokens, config.document_tokens
     )
-    document = embed([pairs[i]["document"] for i in first])  # (m, E)
-    query = embed([pair["query"] for pair in pairs])  # (n, E)
+    document = embed([prefixes["document"] + pairs[i]["document"] for i in first])  # (m, E)
+    query = embed([prefixes["query"] + pair["query"] for pair in pairs])  # (n, E)
     _, found = top_k(query, document, config.mined + 1, device=best_device())
     known = np.array([[d in own for d in row] for row, own in zip(found, answers, strict=True)])
     mined = finetune.mine_hard_negatives(query, document, right, found, known, config.margin)
@@ -62,8 +62,11 @@ def write_mined(options, out):
         consistency.copy_data(options.data, new, {options.data: ["stage3"]})
         for source in open_sources(f"{options.data}/stage3", tokenizer):
             path = Path(options.data, "stage3", source.name, "pairs.jsonl")
-            writer = SourceWriter(new / "stage3" / source.name, source.meta["prefixes"], tokenizer)
-            rows = mine(source, path, embed, finetune.Config())
+            prefixes = source.meta["prefixes"]
+            writer = SourceWriter(new / "stage3" / source.name, prefixes, tokenizer)
+            if options.miner.startswith("st:"):  # a model with prefixes of its own, or none
+                prefixes = dict.fromkeys(prefixes, "")
+            rows = mine(source, path, embed, prefixes, finetune.Config())
             while batch := list(itertools.islice(rows, BATCH)):
                 query, document, negatives = zip(*batch, strict=True)
                 texts = {"query": query, "document": document}

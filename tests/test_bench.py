@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import contrastive
 import mlm
-from bench import curve, domains, estimate, experiments, judges
+from bench import curve, domains, estimate, experiments, judges, miner
 from common.files import load_tokenizer, read_json, write_json
 from common.options import InputError
 from data.prepare import write_source
@@ -198,6 +198,29 @@ def test_a_judge_that_loses_planted_and_good_pairs_is_counted_as_it_filtered(
     planted = np.concatenate([planted for *_, planted in drawn.values()])
     kept = judges.kept_rows(tmp_path / "kept-0", drawn)
     assert rows[1][2] == f"{np.mean(~kept[planted]):.1%}" and 0.1 < planted.mean() < 0.3
+
+
+def test_a_miner_that_is_the_model_itself_finds_the_negatives_that_stage_3_mines(
+    data, tmp_path, capsys
+):
+    tokenizer = load_tokenizer(data)
+    tiny_model(tokenizer, num_hidden_layers=0).save_pretrained(tmp_path / "model")
+    options = [f"--{name}={tmp_path}/model" for name in ("init", "miner")]
+    options += [f"--data={data}", f"--out={tmp_path}/out", "--seeds=0"]
+    miner.main(
+        [*options, "--options=--steps=2 --batch-size=4 --query-tokens=128 --document-tokens=128"]
+    )
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "±" in line]
+    assert len(rows) == 3 and all("0.000 ±0.000" in cell for cell in rows[0][2::2])
+    source = Source(tmp_path / "out/data/stage3/summary-body", tokenizer)
+    mined = np.load(tmp_path / "out/itself-0/negatives.npz")["of summary-body"]
+    overlaps = []
+    for row, expected in enumerate(mined):
+        own = {source.columns["negative"][i].tobytes() for i in source.negatives(row)}
+        wanted = {source.columns["document"][i].tobytes() for i in expected[expected >= 0]}
+        assert source.columns["document"][row].tobytes() not in own
+        overlaps += [len(own & wanted) / len(own | wanted)] if own else []  # else random ones
+    assert np.mean(overlaps) > 0.9 and len(overlaps) > 50, "equal but for rounding"
 
 
 REFUSED = {

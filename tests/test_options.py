@@ -108,7 +108,6 @@ BAD = [  # script, options, what the message has
     (pydocs, "--vocab-size=0 --vocab-size=1e9", "a whole number from 300 to 1e+06"),
     (folder, "--vocab-size=0 --vocab-size=1e9", "a whole number from 300 to 1e+06"),
     (pairs, "--limit=-1", "a whole number from 0 to 1e+12"),
-    (pairs, "--processes=100000", "a whole number from 0 to 256"),
     (filter, "--top=0", "a whole number from 1 to 1e+09"),
 ]
 CASES = [(script, option, message) for script, line, message in BAD for option in line.split()]
