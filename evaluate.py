@@ -463,7 +463,7 @@ def mteb(options):
         try:
             tasks += benchmarks[name].tasks if name in benchmarks else [library.get_task(name)]
         except KeyError:
-            raise InputError(f"--tasks={name}: mteb has no such task or benchmark") from None
+            raise InputError(f"--tasks={name}: give names of mteb's tasks or benchmarks") from None
     model, directory, length = chosen_model(options)
     with tempfile.TemporaryDirectory() as folder:  # so that published checkpoints have prefixes too
         model.save_pretrained(folder)
@@ -477,6 +477,8 @@ def mteb(options):
     for failed in result.exceptions or ():  # most likely it cannot be downloaded
         reason = str(failed.exception).strip().split("\n")[0]
         print(f"skipped: {failed.task_name}: {reason}")
+    if not result.task_results:
+        raise InputError("--tasks: no task could be run; the reasons are above")
     print(result.to_dataframe().to_string())
 
 

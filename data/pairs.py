@@ -159,7 +159,8 @@ def pairs_in(row, source):
     query, *texts = ((text or "").strip() for text in texts)
     documents, negatives = texts[: len(documents)], list(filter(None, texts[len(documents) :]))
     if not query or not documents or "" in documents:
-        return [], f"no {'document' if query else 'query'}"
+        missing = "document" if query else "query"
+        return [], f"no {missing if source.prefixes else 'text'}"
     return [(query, document, negatives) for document in documents], ""
 
 
@@ -175,7 +176,8 @@ def hold_out(source, options, folder):
         answers.setdefault(query, []).append(document)
     if not answers:
         for fault, (_, first) in faults.items():
-            raise InputError(f"{source.name}: {fault} in {first}; --columns= names columns")
+            hint = "--columns= names columns" if source.prefixes else 'its column is "text"'
+            raise InputError(f"{source.name}: {fault} in {first}; {hint}")
         raise InputError(f"{source.name}: no rows")
 
     def documents_of(queries):
@@ -309,6 +311,8 @@ def source_of(argument, stage, columns):
     path, tasks = argument, []
     if not Path(argument).exists():
         path, *tasks = re.split(r"(?<!^[A-Za-z]):", argument)  # C: is no prefix
+    if len(tasks) > 2 or "" in tasks:
+        raise InputError(f"{argument}: give FILE, FILE:PREFIX or FILE:QUERY PREFIX:DOCUMENT PREFIX")
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+( [\w.-]+)?", path) and not SUFFIX.search(path)
     places = [path] if on_hub and not Path(path).exists() else files_of(path)
     prefixes = prefixes_of(tasks or ["search_query", "search_document"])

@@ -366,7 +366,7 @@ def test_mteb_finds_the_prefix_of_each_type_of_task_in_a_checkpoint(
         assert found[name] == pytest.approx(result.get_score(), abs=1e-4), name
     ours = task.scores(task.rank(NomicBert.from_pretrained(directory), 128))["nDCG@10"]
     assert found["MyRetrieval"] == pytest.approx(np.mean(ours), abs=1e-5) and len(others) == 7
-    with pytest.raises(InputError, match="--tasks=Nothing: mteb has no such task or benchmark"):
+    with pytest.raises(InputError, match="--tasks=Nothing: give names of mteb's tasks"):
         evaluate.mteb(Options(tasks="MySTS,Nothing", **options))
 
 
