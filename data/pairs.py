@@ -224,7 +224,8 @@ def write_pairs(folder, source, limit, tokenizer, held_out, queries):
             texts |= {"query": query, "negative": itertools.chain.from_iterable(negatives)}
         columns = {name: encode(tokenizer, found) for name, found in texts.items()}
         new = np.zeros(len(batch), bool)
-        for i, key in enumerate(prepare.row_keys(*(columns[n] for n in source.prefixes or texts))):
+        keys = prepare.row_keys(*(columns[name] for name in source.prefixes or texts))
+        for i, key in enumerate(keys.tolist()):
             new[i] = key not in seen
             seen.add(key)
         copies += int((~new).sum())
