@@ -1,6 +1,6 @@
 """Speed of `encode` at the published size, against sentence-transformers with the same weights.
 
-    python bench/encode.py                   # four minutes on two cores
+    python bench/encode.py                   # seven minutes on two cores
 
 sentence-transformers is measured at its best here: half precision where it is fast, and the fastest
 batch size (it sorts by length itself). The batch size is chosen and the embeddings are compared on
