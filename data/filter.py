@@ -227,7 +227,8 @@ def main(arguments):
     _, _, device = distributed.start(0)
     if len(folders) != 1:
         raise InputError("give one data folder: python data/filter.py out/pydocs --judge=DIR")
-    data, wanted = Path(folders[0]), [name for name in options.sources.split(",") if name]
+    data = Path(folders[0]) if Path(folders[0]).name else Path.cwd()  # . has no name
+    wanted = [name for name in options.sources.split(",") if name]
     out = Path(options.out or f"{data}-filtered")
     if options.top >= options.block:
         raise InputError(f"--top={options.top}: in blocks of {options.block} pairs, all would stay")
