@@ -42,10 +42,11 @@ def start(batch_size):
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # after a restart torchrun's store still has the addresses of the processes that died
         store, rank, world = next(dist.rendezvous("env://"))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # after a restart it still has the addresses of the processes that died
+            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+            store = dist.PrefixStore(f"attempt-{attempt}", store)
         backend, device_id = ("nccl", device) if cuda else ("gloo", None)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world, device_id=device_id

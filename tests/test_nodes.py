@@ -5,8 +5,10 @@ network, and a virtual cable between them. That needs Linux, iproute2 and the su
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -54,9 +56,11 @@ def start_agent(nodes, number, port, stage, *arguments):
     """torchrun with one process, on one of the nodes."""
     command = ["ip", "netns", "exec", nodes[number], sys.executable, "-m", "torch.distributed.run"]
     command += ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
-    command += [f"--rdzv-endpoint={ADDRESSES[0]}:{port}", f"--rdzv-conf=is_host={1 - number}"]
+    command += [f"--rdzv-endpoint={ADDRESSES[0]}:{port}", "--max-restarts=3"]
+    command += [f"--rdzv-conf=is_host={1 - number},keep_alive_interval=1"]
     command += [f"--local-addr={ADDRESSES[number]}", ROOT / f"{stage}.py", *SMALL, *arguments]
     settings = {"GLOO_SOCKET_IFNAME": "wire", "OMP_NUM_THREADS": "1"}
+    settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # docs/scaling.md says why
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=os.environ | settings, start_new_session=True, **pipes)
 
@@ -71,6 +75,26 @@ def test_two_nodes_have_the_losses_of_one_process(stage, nodes, data, tmp_path):
     train(STAGES[stage], data, tmp_path / "alone", "--precision=float32")
     given = ["--precision=float32", f"--data={data}", f"--out={tmp_path}/two"]
     agents = [start_agent(nodes, number, 29_501, stage, *given) for number in range(2)]
+    for agent in agents:
+        _, errors = agent.communicate(timeout=120)
+        assert agent.returncode == 0, errors[-2000:]
+    check_equal(tmp_path / "two", tmp_path / "alone")
+
+
+def test_a_node_that_was_lost_joins_again_and_ends_in_the_losses_of_one_process(
+    nodes, data, tmp_path
+):
+    given = ["--precision=float32", "--steps=80", "--save-every=10"]
+    train(contrastive, data, tmp_path / "alone", *given)
+    given += [f"--data={data}", f"--out={tmp_path}/two"]
+    agents = [start_agent(nodes, number, 29_502, "contrastive", *given) for number in range(2)]
+    log, end = tmp_path / "two" / "log.jsonl", time.time() + 60
+    while time.time() < end and (not log.is_file() or log.read_bytes().count(b"\n") < 15):
+        time.sleep(0.05)
+    for process in ip("netns", "pids", nodes[1]).stdout.split():
+        os.kill(int(process), signal.SIGKILL)
+    assert agents[1].wait() == -signal.SIGKILL, "it was not at its end"
+    agents[1] = start_agent(nodes, 1, 29_502, "contrastive", *given)
     for agent in agents:
         _, errors = agent.communicate(timeout=120)
         assert agent.returncode == 0, errors[-2000:]
