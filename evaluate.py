@@ -450,6 +450,18 @@ def retrieval(options, folder):
             save_results(options.out, f"retrieval {folder} {split} {name}", row)
 
 
+def named_tasks(library, names):
+    """mteb's task objects for names of tasks and benchmarks, such as "MTEB(Law, v1),STS22". Raises
+    InputError for a name that mteb does not know."""
+    tasks, benchmarks = [], {benchmark.name: benchmark for benchmark in library.get_benchmarks()}
+    for name in re.split(r",\s*(?![^()]*\))", names):  # not the commas within brackets
+        try:
+            tasks += benchmarks[name].tasks if name in benchmarks else [library.get_task(name)]
+        except KeyError:
+            raise InputError(f"--tasks={name}: give names of mteb's tasks or benchmarks") from None
+    return tasks
+
+
 def mteb(options):
     """MTEB (arXiv 2210.07316) through its own library, which reads the prefix of each type of task
     from the checkpoint, and keeps all scores in OUT/mteb: the same command goes on."""
@@ -458,12 +470,7 @@ def mteb(options):
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise InputError("mteb is not installed: pip install -r requirements-dev.txt") from None
-    tasks, benchmarks = [], {benchmark.name: benchmark for benchmark in library.get_benchmarks()}
-    for name in re.split(r",\s*(?![^()]*\))", options.tasks):  # not the commas within brackets
-        try:
-            tasks += benchmarks[name].tasks if name in benchmarks else [library.get_task(name)]
-        except KeyError:
-            raise InputError(f"--tasks={name}: give names of mteb's tasks or benchmarks") from None
+    tasks = named_tasks(library, options.tasks)
     model, directory, length = chosen_model(options)
     with tempfile.TemporaryDirectory() as folder:  # so that published checkpoints have prefixes too
         model.save_pretrained(folder)
@@ -472,7 +479,7 @@ def mteb(options):
     encoder.max_seq_length = length
     key = fingerprint(f"{fingerprint(directory / 'model.safetensors')} {model.rope}".encode())
     cache = library.ResultCache(Path(options.out, "mteb", f"{key}-{length}-{options.dims}"))
-    warnings.simplefilter("ignore")  # that the names of our own prefixes are none of mteb's
+    warnings.simplefilter("ignore")  # mteb warns of prompts that have none of its names
     result = library.evaluate(encoder, tasks, cache=cache, raise_error=False)
     for failed in result.exceptions or ():  # most likely it cannot be downloaded
         reason = str(failed.exception).strip().split("\n")[0]

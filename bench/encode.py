@@ -4,8 +4,8 @@
 
 sentence-transformers is measured at its best here: half precision where it is fast, and the fastest
 batch size (it sorts by length itself). The batch size is chosen and the embeddings are compared on
-a sixth of the texts. Padding does not count as tokens. Share: of the
-rate of one layer's matrix products.
+a sixth of the texts. Padding does not count as tokens. Share: of the rate of one layer's matrix
+products.
 """
 
 import sys

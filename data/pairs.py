@@ -212,8 +212,8 @@ def hold_out(source, options, folder):
 
 def write_pairs(folder, source, limit, tokenizer, held_out, queries):
     """Writes a source without its held-out queries, rows that repeat held-out text, and copies of
-    earlier rows, of which it remembers 80 bytes for each row. Returns the number of rows, and
-    reason -> how many were left out."""
+    earlier rows, of which it remembers some 80 bytes a row. Returns the number of rows, and
+    a Counter: reason -> how many were left out."""
     writer = prepare.SourceWriter(folder, source.prefixes, tokenizer, held_out)
     faults, copies, seen = {}, 0, set()
     pairs = (pair for pair in read_pairs(source, limit, faults) if pair[0] not in queries)
@@ -236,8 +236,8 @@ def write_pairs(folder, source, limit, tokenizer, held_out, queries):
     rows, repeats = writer.finish()
     for fault, (count, first) in faults.items():
         print(f"  {source.name}: {count:,} {fault}, the first in {first}")
-    left_out = {fault: count for fault, (count, _) in faults.items()} | repeats
-    left_out |= {"copy of another row": copies} if copies else {}
+    left_out = {fault: count for fault, (count, _) in faults.items()}
+    left_out = collections.Counter({**left_out, "copy of another row": copies}) + repeats
     shown = ", ".join(f"{n:,} {reason}" for reason, n in left_out.items()) or "none"
     print(f"  {'/'.join(folder.parts[-2:]):34} {rows:10,} rows; left out: {shown}")
     return rows, left_out
@@ -280,7 +280,7 @@ def make(sources, options, inputs):
         rows = ({"_id": str(i), "text": text} for i, text in enumerate(dict.fromkeys(found)))
         write_jsonl(folder / "search" / "corpus.jsonl", rows)
         prepare.print_unknown(folder)
-        leaks = contamination(held_out, {n: collections.Counter(c) for n, c in left_out.items()})
+        leaks = contamination(held_out, left_out)
         meta = {"made_by": "nanoembed", "inputs": inputs, "rows": counts, "left out": left_out}
         write_json(folder / "meta.json", meta | {"contamination": leaks})
     print(f"  {leaks['removed']:,} training rows that repeat held-out text were left out")

@@ -365,9 +365,40 @@ def test_mteb_finds_the_prefix_of_each_type_of_task_in_a_checkpoint(
         name = other.metadata.name
         assert found[name] == pytest.approx(result.get_score(), abs=1e-4), name
     ours = task.scores(task.rank(NomicBert.from_pretrained(directory), 128))["nDCG@10"]
+    monkeypatch.setattr(SentenceTransformer, "encode", None)  # nothing is embedded again
+    evaluate.mteb(Options(tasks="MySTS,MyRetrieval", **options))
+    assert "MyRetrieval" in capsys.readouterr().out
     assert found["MyRetrieval"] == pytest.approx(np.mean(ours), abs=1e-5) and len(others) == 7
     with pytest.raises(InputError, match="--tasks=Nothing: give names of mteb's tasks"):
         evaluate.mteb(Options(tasks="MySTS,Nothing", **options))
+
+
+def test_each_type_of_mteb_task_has_the_prefix_of_the_paper(directory):
+    mteb = pytest.importorskip("mteb")
+    from mteb.models import SentenceTransformerEncoderWrapper
+    from mteb.types import PromptType
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformerEncoderWrapper(SentenceTransformer(str(directory), device="cpu"))
+    expected = {
+        "SciFact": ("search_query: ", "search_document: "),
+        "QuoraRetrieval": ("search_query: ", "search_query: "),
+        "TwentyNewsgroupsClustering.v2": ("clustering: ",) * 2,
+    }
+    others = ("Banking77Classification", "SprintDuplicateQuestions", "AskUbuntuDupQuestions")
+    others += ("STSBenchmark", "SummEvalSummarization.v2")
+    for name, prefixes in (expected | dict.fromkeys(others, ("classification: ",) * 2)).items():
+        task = mteb.get_task(name).metadata
+        found = (
+            model.get_prompt_name(task, kind) for kind in (PromptType.query, PromptType.document)
+        )
+        assert tuple(model.model_prompts[key] for key in found) == prefixes, name
+
+
+def test_tasks_and_benchmarks_of_mteb_are_found_by_their_names():
+    mteb = pytest.importorskip("mteb")
+    for names, count in (("MTEB(eng, v1)", 56), ("LongEmbed", 6), ("MTEB(Law, v1),SciFact", 9)):
+        assert len(evaluate.named_tasks(mteb, names)) == count, names
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(options, message, folder, judg
     assert [path.name for path in folder.parent.iterdir()] == ["data"]
 
 
-def test_a_folder_that_is_there_is_not_overwritten(folder, judge, tmp_path, capsys):
+def test_a_folder_that_is_there_is_not_overwritten(folder, judge, tmp_path, capsys, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "note.md").write_text("mine")
     with pytest.raises(InputError, match="mine is there and is no data folder"):
@@ -212,6 +212,9 @@ def test_a_folder_that_is_there_is_not_overwritten(folder, judge, tmp_path, caps
     out = run(folder, judge)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     run(folder, judge)
+    assert "made from the same inputs: nothing to do" in capsys.readouterr().out
+    monkeypatch.chdir(folder)
+    filtering.main([".", f"--judge={judge}"])
     assert "made from the same inputs: nothing to do" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
     with pytest.raises(InputError, match="was made from other inputs .filtered."):
