@@ -23,7 +23,6 @@ fewer with Matryoshka).
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -109,8 +108,6 @@ PRESETS = {
         "lr": 2e-4,  # the paper's first version prints 2e-5
         "warmup": 700,
         "decay": "sqrt",
-        "weight_decay": 0.01,
-        "clip": 1.0,
         "eval_every": 1000,
         "save_every": 1000,
     },
@@ -246,18 +243,16 @@ def backward_batch(model, texts, loss_of, config):
 # The first weights
 
 
-def first_model(run, config, origin, device):
-    """The encoder that stage 2 or 3 starts from: the checkpoint of --init (of OUT, if the run is
-    continued), whose shape and tokenizer the run inherits, or random weights."""
-    begun = run.state and Path(config.out, "model.safetensors").is_file()
-    checkpoint = config.out if begun else config.init
+def first_model(config, origin, device):
+    """The encoder that stages 2 and 3 start from: the checkpoint of --init, whose shape and
+    tokenizer the run inherits, or random weights."""
     torch.manual_seed(config.seed)
-    if checkpoint:
-        model = distributed.call_everywhere(lambda: NomicBert.from_pretrained(checkpoint))
+    if config.init:
+        model = distributed.call_everywhere(lambda: NomicBert.from_pretrained(config.init))
         if model.tokenizer is None:
-            raise InputError(f"{checkpoint} has no tokenizer.json: copy that of the data there")
+            raise InputError(f"{config.init} has no tokenizer.json: copy that of the data there")
         names = (*SHAPE, "rope_base", "trained_length")
-        inherit(config, origin, {name: getattr(model.config, name) for name in names}, checkpoint)
+        inherit(config, origin, {name: getattr(model.config, name) for name in names}, config.init)
     else:
         distributed.print_once(
             "starting from random weights; from stage 1: python mlm.py, then --init=out/mlm here"
@@ -266,12 +261,9 @@ def first_model(run, config, origin, device):
         size = tokenizer.get_vocab_size()
         model = NomicBert(ModelConfig.from_options(config, size, config.trained_length))
         model.tokenizer = tokenizer
-    for name in ("query_tokens", "document_tokens"):
-        if getattr(config, name) > config.trained_length:
-            raise InputError(
-                f"--{name.replace('_', '-')} is beyond the {config.trained_length} tokens that the "
-                "model is trained for"
-            )
+    if max(config.query_tokens, config.document_tokens) > config.trained_length:
+        reason = f"the model is trained for {config.trained_length} tokens"
+        raise InputError(f"--query-tokens, --document-tokens: {reason}, give no more")
     model.to(device)
     model.dtype = choose_dtype(config.precision, device)
     if config.compile:
@@ -292,7 +284,7 @@ def main(arguments):
     if run.finished:
         return
 
-    model = first_model(run, config, origin, device)
+    model = first_model(config, origin, device)
     sources = store.open_sources(f"{config.data}/stage2", model.tokenizer)
     pairs = store.PairBatches(sources, config.batch_size, config.seed, config.weights)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)

@@ -2,18 +2,12 @@
 
     python evaluate.py                        # the ladder: BM25, random weights, each stage's model
     python evaluate.py search "how do I read a csv file"     # the ten best; no query: a prompt
-    python evaluate.py search "..." --model-only             # without BM25
-    python evaluate.py long [--model=DIR]     # beyond the trained length, four ways to scale RoPE
-    python evaluate.py plot                   # learning curves, ladder, length curves, a map as PNG
+    python evaluate.py long                   # beyond the trained length, four ways to scale RoPE
+    python evaluate.py plot                   # learning curves, ladder, length curves as PNG
+    python evaluate.py retrieval FOLDER       # a task of your own in the BEIR layout, beside BM25
 
-and on data from elsewhere, with any checkpoint (--model=DIR, or a name on the hub):
-
-    python evaluate.py sts FILE               # pairs of sentences with scores, csv or tsv
-    python evaluate.py retrieval FOLDER       # a task in the BEIR layout, beside BM25
-    python evaluate.py mteb --tasks="MTEB(eng, v1)"   # tasks or benchmarks of MTEB by their names
-
-The ladder and the long texts use modules that were held out from all training. Results go to
-OUT/results.json.
+All but the ladder take any checkpoint: --model=DIR, or a name on the hub. The ladder and the long
+texts use modules that were held out from all training. Results go to OUT/results.json.
 """
 
 import collections
@@ -22,10 +16,7 @@ import dataclasses
 import functools
 import math
 import os
-import re
 import sys
-import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +28,7 @@ from common.device import best_device
 from common.files import fingerprint, read_json, read_json_lines, write_arrays, write_json
 from common.options import InputError, cli, read_options, split_words
 from data.store import Sequences, Source
-from data.tasks import PREFIXES, read_scored_pairs, read_task, splits_of
+from data.tasks import PREFIXES, read_task, splits_of
 from mlm import held_out_scores
 from model import NomicBert, NomicBertForMaskedLM
 
@@ -49,13 +40,12 @@ class Options:
     data: str = "out/pydocs"  # a data folder
     out: str = "out"  # where the stages' runs are; results.json and pictures go there too
     model: str = ""  # a checkpoint directory or a name on the hub; empty: the last stage trained
-    split: str = "test"  # held-out texts of ladder and map: test, or dev while tuning
+    split: str = "test"  # held-out texts of the ladder: test, or dev while tuning
     max_tokens: int = 0  # texts are truncated to this, at least 3; 0: the trained length [0, 1e6]
-    dims: int = 0  # sts, retrieval, mteb: the first dimensions only (Matryoshka); 0: all [0, 1e6]
-    rope_factor: float = 0.0  # not ladder, long: Dynamic NTK's s, from 1; 0: as saved [0, 1000]
+    dims: int = 0  # retrieval: the first dimensions only (Matryoshka); 0: all [0, 1e6]
+    rope_factor: float = 0.0  # search, retrieval: Dynamic NTK's s, from 1; 0: as saved [0, 1000]
     model_only: bool = False  # search: without BM25
-    tasks: str = ""  # mteb: names of tasks and benchmarks, such as "MTEB(Law, v1),SciFact"
-    seed: int = 0  # of the random weights and of the map [0, 1e18]
+    seed: int = 0  # of the random weights [0, 1e18]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -93,34 +83,17 @@ METRICS = {
 }
 
 
-def pearson(x, y):
-    """Correlation: sum (x - mean x)(y - mean y) over the product of their lengths; -1 to 1.
-    Where all x or all y are equal it is not defined: None."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    if x.min() == x.max() or y.min() == y.max():
-        return None
-    x, y = x - x.mean(), y - y.mean()
-    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
-
-
-def ranks(x):
-    """The place of each value in their order, from 1; equal ones share the mean of their places."""
-    _, which, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)  # the place of the last of each value
-    return (last - (counts - 1) / 2)[which]
-
-
-def spearman(x, y):
-    """Pearson's correlation of the ranks: only the order counts, because a cosine need not grow in
-    proportion to a score."""
-    return pearson(ranks(x), ranks(y))
-
-
 def summary(values):
     """Mean and standard error; of a single value there is no error: None."""
     values, n = np.asarray(values, float), len(values)
     error = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
     return {"mean": float(values.mean()), "error": error}
+
+
+def shown(score):
+    """0.412 ±0.013, from a summary."""
+    error = "" if score["error"] is None else f" ±{score['error']:.3f}"
+    return f"{score['mean']:.3f}{error}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -136,16 +109,15 @@ def top_k(query, document, k, block=(4096, 8192), device="cpu"):
     k, found = min(k, len(document)), []
     for i in range(0, len(query), block[0]):
         q = torch.as_tensor(query[i : i + block[0]]).to(device)  # (b, E)
-        best_scores = q.new_empty(len(q), 0)
-        best_numbers = torch.empty(len(q), 0, dtype=torch.int64, device=device)
+        scores, numbers = [], []  # of the best in each block of documents
         for j in range(0, len(document), block[1]):
             d = torch.as_tensor(document[j : j + block[1]]).to(device)
-            scores, numbers = (q @ d.T).topk(min(k, len(d)))
-            scores = torch.cat((best_scores, scores), 1)
-            numbers = torch.cat((best_numbers, numbers + j), 1)
-            best_scores, places = scores.topk(min(k, scores.shape[1]))
-            best_numbers = numbers.gather(1, places)
-        found.append((best_scores.cpu(), best_numbers.cpu()))
+            best = (q @ d.T).topk(min(k, len(d)))
+            scores.append(best.values)
+            numbers.append(best.indices + j)
+        best = torch.cat(scores, 1).topk(k)
+        numbers = torch.cat(numbers, 1).gather(1, best.indices)
+        found.append((best.values.cpu(), numbers.cpu()))
     return tuple(torch.cat(parts).numpy() for parts in zip(*found, strict=True))
 
 
@@ -165,8 +137,6 @@ def bm25(documents, split_identifiers=False, k=100):
         return bm25s.tokenize(texts, show_progress=False)
 
     index, known, k = bm25s.BM25(), words(documents), min(k, len(documents))
-    if not any(map(len, known.ids)):  # stop words and single letters alone: nothing is found
-        return lambda queries: np.full((len(queries), k), -1)
     index.index(known, show_progress=False)
 
     def rank(queries):
@@ -207,7 +177,7 @@ class Retrieval:
             drawn = np.random.default_rng(0).permutation(others)[: max(0, pool - len(right))]
             names = sorted([*right, *drawn.tolist()])
         number = {name: i for i, name in enumerate(names)}
-        self.names, self.documents = names, [documents[name] for name in names]
+        self.documents = [documents[name] for name in names]
         self.queries = [asked[query] for query in judged]
         self.relevant = [
             {number[document]: grade for document, grade in relevant.items()}
@@ -222,16 +192,13 @@ class Retrieval:
             raise InputError(f"no retrieval tasks in {data}: python data/pydocs.py makes some")
         return [cls(folder, split, **sample) for folder in folders]
 
-    def embed(self, model, max_tokens, dims=None):
-        """Embeddings of the queries (n, E) and of the documents (m, E), with their prefixes."""
-        return tuple(
+    def rank(self, model, max_tokens, k=100, dims=None):
+        """Each query's k best documents (n, k), best first."""
+        query, document = (
             model.encode([self.prefixes[side] + text for text in texts], max_tokens, dims)
             for side, texts in (("query", self.queries), ("document", self.documents))
         )
-
-    def rank(self, model, max_tokens, k=100, dims=None):
-        """Each query's k best documents (n, k), best first."""
-        return top_k(*self.embed(model, max_tokens, dims), k)[1]
+        return top_k(query, document, k)[1]
 
     def rank_bm25(self, split_identifiers=False):
         """The same by BM25: (n, k), best first, -1 where nothing more was found."""
@@ -260,6 +227,55 @@ def dev_scores(model, tasks, max_tokens, number):
 
 
 # ------------------------------------------------------------------------------------------------
+# The models and the results of a folder OUT
+
+
+def trained_stages(out):
+    """The stages that OUT has models of."""
+    return [stage for stage in STAGES if Path(out, stage, "model.safetensors").is_file()]
+
+
+def last_stage(out):
+    """The directory of the last stage that was trained."""
+    if not trained_stages(out):
+        raise InputError(f"nothing was trained in {out}: python mlm.py, make demo, or --model=DIR")
+    return Path(out, trained_stages(out)[-1])
+
+
+def chosen_model(options):
+    """(model, its directory, the length that texts are truncated to)."""
+    directory = find_checkpoint(options.model) if options.model else last_stage(options.out)
+    factor = options.rope_factor or None
+    model = NomicBert.from_pretrained(directory, rope_factor=factor, device=best_device())
+    return model, directory, options.max_tokens or model.config.trained_length
+
+
+def models_of(options):
+    """(name of the row, model) of word vectors alone, where OUT has them; of random weights; and of
+    each stage that was trained."""
+    last_stage(options.out)  # raises InputError where nothing was trained
+    if Path(options.out, "words", "model.safetensors").is_file():
+        words = NomicBert.from_pretrained(f"{options.out}/words", device=best_device())
+        yield "word vectors alone", words
+    for number, stage in enumerate(STAGES, start=1):
+        if stage in trained_stages(options.out):
+            model = NomicBert.from_pretrained(f"{options.out}/{stage}", device=best_device())
+            if stage == trained_stages(options.out)[0]:
+                torch.manual_seed(options.seed)
+                untrained = NomicBert(model.config).to(model.device)
+                untrained.tokenizer, untrained.dtype = model.tokenizer, model.dtype
+                yield "random weights", untrained
+            yield f"after stage {number}", model
+
+
+def save_results(out, key, value):
+    """Sets one entry of OUT/results.json and keeps the others."""
+    path = Path(out, "results.json")
+    results = read_json(path) if path.is_file() else {}
+    write_json(path, {**results, key: value})
+
+
+# ------------------------------------------------------------------------------------------------
 # The ladder
 
 
@@ -268,73 +284,35 @@ def ladder(options):
     same held-out queries."""
     tasks, rows = Retrieval.open_all(options.data, options.split), {}
     print(f"{'':28}" + "".join(f"{task.name + ', nDCG@10':>32}{'MRR@10':>10}" for task in tasks))
+
+    def add_row(name, rankings):
+        """Prints a row and keeps it: name -> task -> metric -> mean and standard error."""
+        rows[name], line = {}, f"{name:28}"
+        for task, ranking in zip(tasks, rankings, strict=True):
+            row = {metric: summary(values) for metric, values in task.scores(ranking).items()}
+            line += f"{shown(row['nDCG@10']):>32}{row['MRR@10']['mean']:10.3f}"
+            rows[name][task.name] = row
+        print(line, flush=True)
+
     for name, split_identifiers in (("BM25", False), ("BM25, identifiers split", True)):
         matched = [task.rank_bm25(split_identifiers) for task in tasks]
-        rows[name] = ladder_row(name, tasks, matched)
+        add_row(name, matched)
     for name, model in models_of(options):
         length = options.max_tokens or model.config.trained_length
         rankings = [task.rank(model, length) for task in tasks]
-        rows[name] = ladder_row(name, tasks, rankings)
-    name, both = "the last stage with BM25", zip(matched, rankings, strict=True)
-    rows[name] = ladder_row(name, tasks, list(map(fuse, both)))
+        add_row(name, rankings)
+    add_row("the last stage with BM25", list(map(fuse, zip(matched, rankings, strict=True))))
     save_results(options.out, "ladder", rows)
     if "mlm" in trained_stages(options.out):
         masked = NomicBertForMaskedLM.from_pretrained(f"{options.out}/mlm", device=best_device())
         folder = f"{options.data}/stage1/{options.split}"
         texts = Sequences(folder, masked.bert.tokenizer, masked.config.trained_length)
         loss, hit = held_out_scores(masked, [texts[i] for i in range(len(texts))])
-        accuracy, perplexity = summary(hit), math.exp(loss.mean())
-        save_results(options.out, "masked", {"accuracy": accuracy, "perplexity": perplexity})
-        print(f"\nafter stage 1: {len(loss):,} masked tokens of {options.split} text, "
-              f"{shown(accuracy)} predicted, perplexity {perplexity:.1f}")  # fmt: skip
-
-
-def shown(score):
-    """0.412 ±0.013, from a summary."""
-    error = "" if score["error"] is None else f" ±{score['error']:.3f}"
-    return f"{score['mean']:.3f}{error}"
-
-
-def ladder_row(name, tasks, rankings):
-    """Prints and returns the scores of a row: task -> metric -> mean and standard error."""
-    row, line = {}, f"{name:28}"
-    for task, ranking in zip(tasks, rankings, strict=True):
-        row[task.name] = {metric: summary(v) for metric, v in task.scores(ranking).items()}
-        line += f"{shown(row[task.name]['nDCG@10']):>32}{row[task.name]['MRR@10']['mean']:10.3f}"
-    print(line, flush=True)
-    return row
-
-
-def trained_stages(out):
-    """The stages that OUT has models of."""
-    return [stage for stage in STAGES if Path(out, stage, "model.safetensors").is_file()]
-
-
-def models_of(options):
-    """(name of the row, model) of word vectors alone and of stage 2 from random weights, where OUT
-    has them; of random weights; and of each stage that was trained. Raises InputError where none
-    was."""
-    trained = trained_stages(options.out)
-    if not trained:
-        raise InputError(f"nothing was trained in {options.out}: python mlm.py, or make demo")
-    for name, title in (("words", "word vectors alone"), ("without", "stage 2 without stage 1")):
-        if Path(options.out, name, "model.safetensors").is_file():
-            yield title, NomicBert.from_pretrained(f"{options.out}/{name}", device=best_device())
-    for stage in trained:
-        model = NomicBert.from_pretrained(Path(options.out, stage), device=best_device())
-        if stage == trained[0]:
-            torch.manual_seed(options.seed)
-            untrained = NomicBert(model.config).to(model.device)
-            untrained.tokenizer, untrained.dtype = model.tokenizer, model.dtype
-            yield "random weights", untrained
-        yield f"after stage {STAGES.index(stage) + 1}", model
-
-
-def save_results(out, key, value):
-    """Sets one entry of OUT/results.json and keeps the others."""
-    path = Path(out, "results.json")
-    results = read_json(path) if path.is_file() else {}
-    write_json(path, {**results, key: value})
+        count, accuracy = (
+            f"{len(loss):,} masked tokens of {options.split} text",
+            shown(summary(hit)),
+        )
+        print(f"\nafter stage 1: {count}, {accuracy} predicted, loss {loss.mean():.3f}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -352,163 +330,74 @@ def scalings(times):
     }
 
 
-def long(options, times=(1, 2, 4, 8, 16)):
-    """Masked accuracy after stage 1, and retrieval of long documents by the last stage's model, at
-    1, 2, ... 16 times the trained length, or as far as --max-tokens. With --model both are of that
-    checkpoint; masked accuracy only if it has an MLM head."""
-    encoder, directory, _ = chosen_model(options)
-    length, masked, windows = encoder.config.trained_length, None, []
-    times = [n for n in times if n * length <= (options.max_tokens or math.inf)]
-    if not times:
-        raise InputError(f"--max-tokens={options.max_tokens}: give {length}, as trained, or more")
+def long(options, times=(1, 2, 4, 8, 16), windows=60):
+    """Masked accuracy after stage 1 (or of --model, with an MLM head) at 1, 2, ... 16 times the
+    trained length, or as far as --max-tokens: the same masks in the same text, which is read in
+    pieces of each length."""
+    model = NomicBertForMaskedLM.from_pretrained(
+        options.model or f"{options.out}/mlm", device=best_device()
+    )
+    length, texts, table = model.config.trained_length, [], {}
+    times = [n for n in times if n * length <= (options.max_tokens or math.inf)] or [1]
     longest = length * times[-1]
-    try:  # a checkpoint of stage 2 or 3 has no MLM head
-        head = directory if options.model else f"{options.out}/mlm"
-        masked = NomicBertForMaskedLM.from_pretrained(head, device=best_device())
-        column = Source(f"{options.data}/stage1/long", masked.bert.tokenizer).columns["document"]
-        windows = [
-            ids[i : i + longest].astype(np.int64)
-            for ids in (column[row] for row in range(len(column)))
-            for i in range(0, len(ids) - longest + 1, longest)
-        ][:60]
-        count = f"{len(windows)} windows of {longest} held-out tokens"
-        print(f"{count}: the same masks at every length")
-    except InputError as reason:
-        print(f"masked accuracy is not measured: {reason}")
-    task, table = Retrieval(Path(options.data, "long", "pages"), "test"), {}
-    print(f"{len(task.queries)} queries, {len(task.documents)} documents truncated to each length")
-    print(f"\n{'':14}{'tokens':>8}{'masked accuracy':>20}{'nDCG@10':>20}")
+    column = Source(f"{options.data}/stage1/long", model.bert.tokenizer).columns["document"]
+    for ids in (column[row] for row in range(len(column))):
+        whole = ids[: len(ids) // longest * longest].astype(np.int64)
+        texts += list(whole.reshape(-1, longest))
+    if not texts:
+        raise InputError(f"{options.data} has no long text of {longest} tokens: lower --max-tokens")
+    print(f"{len(texts[:windows])} windows of {longest} held-out tokens")
+    print(f"\n{'':14}{'tokens':>8}{'masked accuracy':>20}")
     for name in scalings(1):
         for n in times:
-            if n == 1 and name != "plain RoPE":  # at the trained length all four are the same
-                table[name] = {length: table["plain RoPE"][length]}
-                continue
-            encoder.rope = dataclasses.replace(encoder.rope, **scalings(n)[name])
-            rankings = task.rank(encoder, n * length)
-            row = {"nDCG@10": task.scores(rankings)["nDCG@10"]}
-            if windows:
-                masked.bert.rope = dataclasses.replace(masked.bert.rope, **scalings(n)[name])
-                row["accuracy"] = held_out_scores(masked, windows, piece=n * length)[1]
-            row = {metric: summary(values) for metric, values in row.items()}
-            table.setdefault(name, {})[n * length] = row
-            cells = (shown(row[key]) if key in row else "" for key in ("accuracy", "nDCG@10"))
-            print(f"{name:14}{n * length:8}" + "".join(f"{x:>20}" for x in cells), flush=True)
+            model.bert.rope = dataclasses.replace(model.bert.rope, **scalings(n)[name])
+            accuracy = summary(held_out_scores(model, texts[:windows], piece=n * length)[1])
+            table.setdefault(name, {})[n * length] = accuracy
+            print(f"{name:14}{n * length:8}{shown(accuracy):>20}", flush=True)
     if not options.model:
         save_results(options.out, "long", {"trained length": length, "table": table})
 
 
 # ------------------------------------------------------------------------------------------------
-# Data from elsewhere
-
-
-def last_stage(out):
-    """The directory of the last stage that was trained."""
-    if not trained_stages(out):
-        raise InputError(f"nothing was trained in {out}: make demo, or --model=DIR")
-    return Path(out, trained_stages(out)[-1])
-
-
-def chosen_model(options):
-    """(model, its directory, the length that texts are truncated to)."""
-    directory = find_checkpoint(options.model) if options.model else last_stage(options.out)
-    factor = options.rope_factor or None
-    model = NomicBert.from_pretrained(directory, rope_factor=factor, device=best_device())
-    return model, directory, options.max_tokens or model.config.trained_length
-
-
-def sts(options, path):
-    """Semantic textual similarity: do cosines order pairs of sentences as people's scores do?
-
-    Both sentences take the prefix of classification, as in the paper (sec. 5.2.1)."""
-    first, second, scores = read_scored_pairs(path)
-    model, directory, length = chosen_model(options)
-    prefixed = ([PREFIXES["classification"] + text for text in texts] for texts in (first, second))
-    x, y = (model.encode(texts, length, options.dims or None) for texts in prefixed)
-    found = spearman((x * y).sum(1), scores)
-    shown_found = "not defined: all cosines are equal" if found is None else f"{found:.4f}"
-    print(f"{Path(path).name}, {len(scores):,} pairs: Spearman {shown_found}")
-    save_results(options.out, f"sts {path}", {"Spearman": found})
+# A task of your own
 
 
 def retrieval(options, folder):
     """The metrics on each split of a task in the BEIR layout, beside BM25."""
-    splits = splits_of(folder)
-    if not splits:
+    if not splits_of(folder):
         raise InputError(f"{folder} has no qrels/*.tsv: the layout of a task is in data/tasks.py")
-    tasks = {split: Retrieval(folder, split) for split in splits}
     model, directory, length = chosen_model(options)
-    for split, task in tasks.items():
+    for split in splits_of(folder):
+        task = Retrieval(folder, split)
         sizes = f"{len(task.queries):,} queries, {len(task.documents):,} documents"
         print(f"{task.name}, {split}: {sizes}")
         print(f"{'':20}" + "".join(f"{metric:>17}" for metric in METRICS))
-        ranking = task.rank(model, length, dims=options.dims or None)
-        rankings = {"BM25": task.rank_bm25(), str(directory): ranking}
-        for name, ranking in rankings.items():
+        own = task.rank(model, length, dims=options.dims or None)
+        for name, ranking in {"BM25": task.rank_bm25(), str(directory): own}.items():
             row = {metric: summary(values) for metric, values in task.scores(ranking).items()}
-            cells = "".join(f"{shown(value):>17}" for value in row.values())
-            print(f"{name[-19:]:20}{cells}", flush=True)
+            print(f"{name[-19:]:20}" + "".join(f"{shown(score):>17}" for score in row.values()))
             save_results(options.out, f"retrieval {folder} {split} {name}", row)
-
-
-def named_tasks(library, names):
-    """mteb's task objects for names of tasks and benchmarks, such as "MTEB(Law, v1),STS22". Raises
-    InputError for a name that mteb does not know."""
-    tasks, benchmarks = [], {benchmark.name: benchmark for benchmark in library.get_benchmarks()}
-    for name in re.split(r",\s*(?![^()]*\))", names):  # not the commas within brackets
-        try:
-            tasks += benchmarks[name].tasks if name in benchmarks else [library.get_task(name)]
-        except KeyError:
-            raise InputError(f"--tasks={name}: give names of mteb's tasks or benchmarks") from None
-    return tasks
-
-
-def mteb(options):
-    """MTEB (arXiv 2210.07316) through its own library, which reads the prefix of each type of task
-    from the checkpoint, and keeps all scores in OUT/mteb: the same command goes on."""
-    try:
-        import mteb as library
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise InputError("mteb is not installed: pip install -r requirements-dev.txt") from None
-    tasks = named_tasks(library, options.tasks)
-    model, directory, length = chosen_model(options)
-    with tempfile.TemporaryDirectory() as folder:  # so that published checkpoints have prefixes too
-        model.save_pretrained(folder)
-        settings = {"device": str(model.device), "truncate_dim": options.dims or None}
-        encoder = SentenceTransformer(folder, **settings)
-    encoder.max_seq_length = length
-    key = fingerprint(f"{fingerprint(directory / 'model.safetensors')} {model.rope}".encode())
-    cache = library.ResultCache(Path(options.out, "mteb", f"{key}-{length}-{options.dims}"))
-    warnings.simplefilter("ignore")  # mteb warns of prompts that have none of its names
-    result = library.evaluate(encoder, tasks, cache=cache, raise_error=False)
-    for failed in result.exceptions or ():  # most likely it cannot be downloaded
-        reason = str(failed.exception).strip().split("\n")[0]
-        print(f"skipped: {failed.task_name}: {reason}")
-    if not result.task_results:
-        raise InputError("--tasks: no task could be run; the reasons are above")
-    print(result.to_dataframe().to_string())
 
 
 # ------------------------------------------------------------------------------------------------
 # Search
 
 
-def document_embeddings(model, directory, corpus, rows, max_tokens):
-    """Embeddings (n, E) of the rows of the file `corpus`, kept beside the checkpoint, because to
+def document_embeddings(model, directory, corpus, texts, max_tokens):
+    """Embeddings (n, E) of the texts of the file `corpus`, kept beside the checkpoint, because to
     embed them takes minutes. A query then is one text through the model and one matrix product."""
     files = (directory / "model.safetensors", corpus)
     key = " ".join([str(max_tokens), str(model.rope), *map(fingerprint, files)])
     cache = directory / "nanoembed-search.npz"
     with contextlib.suppress(Exception):  # a damaged cache is made again
         kept = np.load(cache)
-        if str(kept["key"]) == key and len(kept["embeddings"]) == len(rows):
+        if str(kept["key"]) == key:
             return kept["embeddings"].astype(np.float32)
-    print(f"embedding {len(rows):,} documents, once for this checkpoint", file=sys.stderr)
-    embeddings = model.encode([PREFIXES["document"] + row["text"] for row in rows], max_tokens)
-    embeddings = embeddings.astype(np.float16)
+    print(f"embedding {len(texts):,} documents, once for this checkpoint", file=sys.stderr)
+    embeddings = model.encode([PREFIXES["document"] + text for text in texts], max_tokens)
     with contextlib.suppress(InputError):  # a read-only checkpoint is searched without a cache
-        write_arrays(cache, {"key": key, "embeddings": embeddings})
-    return embeddings.astype(np.float32)
+        write_arrays(cache, {"key": key, "embeddings": embeddings.astype(np.float16)})
+    return embeddings
 
 
 def search(options, query=None):
@@ -518,28 +407,20 @@ def search(options, query=None):
         raise InputError('the query is empty: python evaluate.py search "how do I read a csv file"')
     model, directory, length = chosen_model(options)
     corpus = Path(options.data, "search", "corpus.jsonl")
-    if not corpus.is_file():
-        raise InputError(f"{corpus} is missing: python data/pydocs.py makes out/pydocs")
-    rows = []  # names may repeat, so this is not read_texts
-    for number, row in read_json_lines(corpus):
-        if not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
-            raise InputError(f'{corpus}, line {number}: not {{"_id": "...", "text": "..."}}')
-        rows.append(row)
-    if not rows:
-        raise InputError(f"{corpus} has no documents")
-    embeddings = document_embeddings(model, directory, corpus, rows, length)
-    match = None
-    if not options.model_only:
+    rows = [row for _, row in read_json_lines(corpus)]
+    texts = [row["text"] for row in rows]
+    embeddings = document_embeddings(model, directory, corpus, texts, length)
+    match = None if options.model_only else bm25(texts, split_identifiers=True)
+    if match:
         print("by the model and BM25 together; --model-only: without BM25", file=sys.stderr)
-        match = bm25([row["text"] for row in rows], split_identifiers=True)
     for asked in typed_queries() if query is None else [query]:
         query_embedding = model.encode([PREFIXES["query"] + asked])  # (1, E)
         numbers = top_k(query_embedding, embeddings, k=100)[1]
         numbers = fuse([numbers, match([asked])]) if match else numbers
         for number in numbers[0][numbers[0] >= 0][:10]:  # -1: no more were found
-            row, cosine = rows[number], float(embeddings[number] @ query_embedding[0])
-            text = " ".join(row["text"].removeprefix(row["_id"]).split())
-            print(f"{cosine:.3f}  {row['_id']}\n       {text[:90]}")
+            name, cosine = rows[number]["_id"], float(embeddings[number] @ query_embedding[0])
+            text = " ".join(texts[number].removeprefix(name).split())
+            print(f"{cosine:.3f}  {name}\n       {text[:90]}")
 
 
 def typed_queries():
@@ -550,75 +431,28 @@ def typed_queries():
 
 
 # ------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def alignment(query, document):
-    """The mean squared distance of pairs (n, E) each, 0 to 4 (Wang and Isola, arXiv 2005.10242):
-    small where texts that belong together are together."""
-    return float(((query - document) ** 2).sum(1).mean())
-
-
-def uniformity(x):
-    """log of the mean of exp(-2 * squared distance) over all pairs of x (n, E): at most 0,
-    and about -4 where many embeddings are spread over the whole sphere."""
-    distances = 2 - 2 * x @ x.T
-    return float(np.log(np.exp(-2 * distances[~np.eye(len(x), dtype=bool)]).mean()))
-
-
-def map_of(options, size=2000, queries=3):
-    """The same documents under each model, projected to the plane. Returns
-    panels: name of the model -> points (n + queries, 2), documents first; what each query finds
-    first; alignment; uniformity. groups: the package of each document. queries: the texts of the
-    queries. right: the number of the document that answers each."""
-    from sklearn.manifold import TSNE
-
-    task = Retrieval.open_all(options.data, options.split, pool=size)[0]
-    asked = np.linspace(0, len(task.queries) - 1, queries + 2).astype(int)[1:-1]
-    right = np.array([min(relevant) for relevant in task.relevant])
-    groups = [re.split(r"[./#]", name)[0].lstrip("_") for name in task.names]
-    panels = {}
-    for name, model in models_of(options):
-        query, document = task.embed(model, model.config.trained_length)
-        perplexity = min(30, len(document) // 3)  # roughly how many neighbours a point should have
-        settings = {"metric": "cosine", "max_iter": 500, "random_state": options.seed}
-        panels[name] = {
-            "points": TSNE(perplexity=perplexity, **settings).fit_transform(
-                np.concatenate([document, query[asked]])
-            ),
-            "found": top_k(query[asked], document, 1)[1][:, 0],
-            "alignment": alignment(query, document[right]),
-            "uniformity": uniformity(document),
-        }
-    queries = [task.queries[i] for i in asked]
-    return {"panels": panels, "groups": groups, "queries": queries, "right": right[asked]}
 
 
 def plot(options):
     """Pictures of what is in OUT, as PNG."""
     from common.plots import plot_all
 
-    there = trained_stages(options.out) and Path(options.data, "retrieval").is_dir()
-    paths = plot_all(options.out, map_of(options) if there else None)
-    print("\n".join(f"wrote {path}" for path in paths))
+    print("\n".join(f"wrote {path}" for path in plot_all(options.out)))
 
 
 def main(arguments):
     words, arguments = split_words(arguments)
     options, _ = read_options(Options, arguments)
-    command = words.pop(0) if words else "ladder"
-    commands = {"ladder": ladder, "long": long, "plot": plot, "mteb": mteb}
+    command, *words = words or ["ladder"]
+    commands = {"ladder": ladder, "long": long, "plot": plot}
     if command == "search":
         search(options, " ".join(words) if words else None)
+    elif command == "retrieval" and len(words) == 1:
+        retrieval(options, words[0])
     elif command in commands and not words:
         commands[command](options)
-    elif command in ("sts", "retrieval") and len(words) == 1:
-        {"sts": sts, "retrieval": retrieval}[command](options, words[0])
     else:
-        raise InputError(
-            f"{' '.join([command, *words])}: give search, long, plot, sts FILE, "
-            "retrieval FOLDER, mteb, or nothing"
-        )
+        raise InputError(f"{command}: give search, long, plot, retrieval FOLDER, or nothing")
 
 
 if __name__ == "__main__":

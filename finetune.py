@@ -16,11 +16,8 @@ The loss is that of stage 2. Each query sees the documents of the whole batch, a
 negatives of the whole batch, as in the released code; the paper's eq. 2 has a query's own only.
 """
 
-import contextlib
-import json
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +25,6 @@ import torch.nn.functional as F
 
 from common import distributed
 from common.device import move_to_device
-from common.files import write_arrays
 from common.options import InputError, cli, read_options
 from common.run import Run, adamw, set_lr
 from contrastive import backward_batch, embed, first_model, gather, info_nce_in_blocks
@@ -99,7 +95,6 @@ PRESETS = {
         **SHAPES["paper"],
         "trained_length": 2048,
         "negatives": 7,
-        "mined": 20,
         "batch_size": 256,
         "query_tokens": 512,  # [code]; the paper says 2,048 for all stages
         "document_tokens": 512,  # [code], likewise
@@ -109,8 +104,6 @@ PRESETS = {
         "steps": 6612,  # one epoch of 1,692,672 pairs (table 3)
         "lr": 2e-5,
         "warmup": 400,
-        "weight_decay": 0.01,
-        "clip": 1.0,
         "eval_every": 1000,
         "save_every": 1000,
     },
@@ -234,55 +227,26 @@ def mine_source(model, source, config):
     return mined
 
 
-def mine(model, sources, config, run):
+def mine(model, sources, config):
     """Mines each source with the model that the run starts with: name -> negatives (n, k). Sources
-    that bring negatives keep those ("if not already mined", sec. 4.2.4).
-
-    They stay in OUT/negatives.npz, with the settings that they depend on: a run that continues at a
-    later step has another model, and needs the same negatives."""
-    path, settings = Path(config.out, "negatives.npz"), json.dumps(run.settings, sort_keys=True)
-    without, mined = [source for source in sources if "negative" not in source.columns], None
-    with contextlib.suppress(Exception):  # damaged files raise many types
-        kept = dict(np.load(path))
-        if str(kept.pop("settings")) == settings:
-            mined = {source.name: kept[f"of {source.name}"] for source in without}
-    if not all(distributed.gather_objects(mined is not None)):
-        if run.step:
-            raise InputError(
-                f"{path} is missing, damaged or of another run: this run cannot continue without "
-                "the negatives that it began with"
-            )
-        mined = {source.name: mine_source(model, source, config) for source in without}
-        if distributed.is_first():
-            arrays = {f"of {name}": rows for name, rows in mined.items()}
-            write_arrays(path, {**arrays, "settings": settings})
-    distributed.wait_for_all()
-    return mined
+    that bring negatives keep those ("if not already mined", sec. 4.2.4). A run that continues mines
+    again, with the same model and so with the same result."""
+    without = [source for source in sources if "negative" not in source.columns]
+    return {source.name: mine_source(model, source, config) for source in without}
 
 
 def choose_negatives(source, mined, row, count, max_tokens, rng):
-    """Token ids of `count` hard negatives of a row, drawn anew in every step: the row's own, if the
-    source has some, else mined ones. A row with too few of its own also gets random documents of
-    other rows. Raises InputError where nearly all rows have its document."""
+    """Token ids of `count` hard negatives of a row, drawn anew in every step: mined ones, or those
+    that the source brings. A row that brings too few also gets random documents of its source; the
+    loss does not count those that equal the right one."""
     if source.name in mined:
         rows = mined[source.name][row]
         rows = rng.choice(rows[rows >= 0], count, replace=False)
         return source.texts("document", rows, max_tokens)
     own = np.array(source.negatives(row), np.int64)
     texts = source.texts("negative", rng.choice(own, min(count, len(own)), False), max_tokens)
-    (right,) = source.texts("document", [row], max_tokens)
-    for other in rng.integers(len(source), size=100 + count):
-        if len(texts) == count:
-            break
-        (text,) = source.texts("document", [other], max_tokens)
-        if not np.array_equal(text, right):
-            texts.append(text)
-    if len(texts) < count:
-        raise InputError(
-            f"{source.name}: row {row} has {len(own)} negatives, and nearly all rows have its "
-            f"document: lower --negatives={count}"
-        )
-    return texts
+    others = rng.integers(len(source), size=count - len(texts))
+    return texts + source.texts("document", others, max_tokens)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -316,16 +280,16 @@ def main(arguments):
     if run.finished:
         return
 
-    model = first_model(run, config, origin, device)
+    model = first_model(config, origin, device)
     sources = store.open_sources(f"{config.data}/stage3", model.tokenizer)
     pairs = store.PairBatches(sources, config.batch_size, config.seed, config.weights)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
     if config.negatives >= (smallest := min(len(s) for s in sources if len(s))):
         raise InputError(f"--negatives={config.negatives}: the smallest source has {smallest} rows")
+    mined = mine(model, sources, config) if config.negatives else {}
     betas, eps = (0.9, 0.999), 1e-8
     optimizer = adamw(model, config.lr, config.weight_decay, betas, eps)
     run.begin(model, optimizer, **model.about(), **pairs.about())
-    mined = mine(model, sources, config, run) if config.negatives else {}
     share = config.batch_size // world  # pairs of this process
     negatives = config.negatives
     size = model.config.hidden_size

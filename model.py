@@ -22,7 +22,7 @@ V vocabulary, M masked positions. Modules have the names of the published checkp
 import functools
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -61,7 +61,6 @@ class ModelConfig:
     trained_length: int = 2048  # tokens; RoPE scales beyond
     rope_scaling: str = "dynamic"
     rope_factor: float = 2.0
-    mlm_head_bias: bool = False  # transformers' own head has biases, the published one has none
 
     @property
     def head_size(self):
@@ -85,14 +84,13 @@ class ModelConfig:
 
 
 class Linear(nn.Linear):
-    """x W^T in the type of x. Only the MLM head of some checkpoints has a bias."""
+    """x W^T in the type of x, without a bias."""
 
-    def __init__(self, in_features, out_features, bias=False):
-        super().__init__(in_features, out_features, bias=bias)
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -312,21 +310,25 @@ class NomicBert(nn.Module):
         max_tokens; beyond the trained length RoPE scales as `self.rope` says. dims: the first
         dimensions only, after Matryoshka; None is all. micro_batch_tokens: how many tokens go
         through the model at once; None is what suits the device. Raises InputError for max_tokens
-        or dims out of range, for anything but strings, and without a tokenizer."""
+        or dims out of range, for anything but a list of strings, and without a tokenizer."""
         size = self.config.hidden_size
-        whole = (int, np.integer)
-        if dims is not None and not (isinstance(dims, whole) and 1 <= dims <= size):
+        if dims is not None and not 1 <= dims <= size:
             raise InputError(f"dims={dims}: embeddings of this model have {size} dimensions")
-        if not (isinstance(max_tokens, whole) and max_tokens >= 3):
+        if max_tokens < 3:
             raise InputError(f"max_tokens={max_tokens}: [CLS], a token and [SEP] make at least 3")
         if self.tokenizer is None:
             raise InputError("there was no tokenizer.json beside the model: set model.tokenizer")
-        texts = list_of_strings(texts)
-        texts = [
-            truncate(np.array(encoding.ids), max_tokens)
-            for start in range(0, len(texts), 10_000)  # an encoding takes more memory than its ids
-            for encoding in self.tokenizer.encode_batch_fast(texts[start : start + 10_000])
-        ]
+        if isinstance(texts, str):
+            raise InputError("encode takes a list of texts: write [text]")
+        try:
+            texts = list(texts)
+            texts = [
+                truncate(np.array(encoding.ids), max_tokens)
+                for start in range(0, len(texts), 10_000)  # encodings take more memory than ids
+                for encoding in self.tokenizer.encode_batch_fast(texts[start : start + 10_000])
+            ]
+        except TypeError as error:
+            raise InputError(f"encode takes a list of strings of valid Unicode: {error}") from None
         embeddings = np.empty((len(texts), dims or size), np.float32)
         # a CPU is fastest while activations stay in its cache, as 2,048 tokens of 768 features do;
         # a GPU with enough work at once
@@ -365,25 +367,12 @@ class NomicBert(nn.Module):
         dtype: of the activations; None is the fast one on the device. rope_factor: Dynamic NTK with
         this s beyond the trained length, whatever the checkpoint says (the paper takes 2, the
         published files leave it open). Raises InputError for files that are missing, damaged, or do
-        not fit together."""
+        not fit together, and for rope_factor out of range."""
         return open_model(cls, where, dtype, rope_factor, device)
 
     def save_pretrained(self, directory):
         """Writes a directory that AutoModel, AutoTokenizer and SentenceTransformer open."""
         save_model(directory, self, self, "NomicBertModel")
-
-
-def list_of_strings(texts):
-    """The texts that `encode` was given. Raises InputError for anything else than strings."""
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
-        raise InputError("encode takes a list of texts: write [text]")
-    texts = list(texts)
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(f"text {i} is a {type(text).__name__}, not a string")
-        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise InputError(f"text {i} is no valid Unicode: it has half of a surrogate pair")
-    return texts
 
 
 def mean_pool(hidden, cu_seqlens):
@@ -405,7 +394,7 @@ def mean_pool(hidden, cu_seqlens):
 class Transform(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.dense = Linear(config.hidden_size, config.hidden_size, config.mlm_head_bias)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x):
@@ -416,7 +405,7 @@ class Predictions(nn.Module):
     def __init__(self, config, word_embeddings):
         super().__init__()
         self.transform = Transform(config)
-        self.decoder = Linear(config.hidden_size, config.vocab_size, config.mlm_head_bias)
+        self.decoder = Linear(config.hidden_size, config.vocab_size)
         initialize(self)
         self.decoder.weight = word_embeddings.weight  # tied
 
@@ -470,31 +459,24 @@ def training_flops(config, lengths, masked_share=0.0):
 
 def open_model(cls, where, dtype, rope_factor, device):
     """The model of class cls that a directory or a name on the hub holds."""
-    if rope_factor is not None and not 1 <= rope_factor <= 1000:
-        raise InputError(f"rope_factor={rope_factor}: give a number from 1 to 1000")
     directory = checkpoint.find_checkpoint(where)
     config = ModelConfig(**checkpoint.read_config(directory))
-    weights = checkpoint.read_weights(directory)
     if rope_factor is not None:
+        if not 1 <= rope_factor <= 1000:
+            raise InputError(f"rope_factor={rope_factor}: give a number from 1 to 1000")
         config.rope_scaling, config.rope_factor = "dynamic", rope_factor
+    weights = checkpoint.read_weights(directory)
     head = {name: weights.pop(name) for name in list(weights) if name.startswith("cls.")}
-    with_head = cls is NomicBertForMaskedLM
-    if with_head:
-        weights = {f"bert.{name}": weight for name, weight in weights.items()}
-        weights |= checkpoint.read_head(head, config, weights, directory)
-    layers = len({name.split("layers.")[1].split(".")[0] for name in weights if "layers." in name})
-    if layers != config.num_hidden_layers:
-        raise InputError(
-            f"{directory}/model.safetensors has {layers} layers, config.json asks for "
-            f"{config.num_hidden_layers}"
-        )
     with torch.device("meta"):  # shapes without memory
-        model = cls(config)
+        model = encoder = cls(config)
+    if cls is NomicBertForMaskedLM:
+        encoder = model.bert
+        weights = {f"bert.{name}": weight for name, weight in weights.items()}
+        weights |= checkpoint.read_head(head, weights, directory)
     checkpoint.check_weights(model.state_dict(), weights, directory)
     model.load_state_dict(weights, assign=True)
-    encoder = model.bert if with_head else model
-    if with_head:
-        model.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight  # tied
+    if cls is NomicBertForMaskedLM:  # assigned apart from each other: tie them again
+        model.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight
     model.to(device)
     encoder.tokenizer = checkpoint.read_tokenizer(directory, config.vocab_size)
     encoder.dtype = dtype or fast_dtype(encoder.device)

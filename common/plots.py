@@ -1,7 +1,5 @@
 """Pictures of what runs and evaluations left behind: `python evaluate.py plot`."""
 
-import math
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +12,6 @@ matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0"
-PURPLE, RED = "#805ad5", "#c53030"
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -31,9 +28,8 @@ TITLES = {
 }
 
 
-def plot_all(out, map_of_documents=None):
-    """Draws everything that the folder `out` has results for, and a map (evaluate.map_of). Returns
-    the paths of the pictures."""
+def plot_all(out):
+    """Draws everything that the folder `out` has results for. Returns the paths of the pictures."""
     out, made = Path(out), []
     results = read_json(out / "results.json") if (out / "results.json").is_file() else {}
     logs = {
@@ -45,22 +41,23 @@ def plot_all(out, map_of_documents=None):
         ("curves", draw_curves, logs),
         ("ladder", draw_ladder, results.get("ladder")),
         ("length", draw_length, results.get("long")),
-        ("map", draw_map, map_of_documents),
     )
-    with plt.rc_context(STYLE):
-        for name, draw, content in pictures:
-            if not content:
-                continue
+    for name, draw, content in pictures:
+        if content:
+            path = out / f"{name}.png"
             try:
-                figure = draw(content)
+                with plt.rc_context(STYLE):
+                    save_figure(draw(content), path)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{out}: no picture of {name} from its files: {error!r}") from None
-            figure.tight_layout()
-            path = out / f"{name}.png"
-            write_whole(path, partial(figure.savefig, dpi=130, format="png", bbox_inches="tight"))
-            plt.close(figure)
             made.append(path)
     return made
+
+
+def save_figure(figure, path):
+    figure.tight_layout()
+    write_whole(path, partial(figure.savefig, dpi=130, format="png", bbox_inches="tight"))
+    plt.close(figure)
 
 
 def draw_curves(logs):
@@ -115,55 +112,19 @@ def draw_ladder(rows):
 
 
 def draw_length(results):
-    """Masked accuracy and retrieval by length, a line for each scaling of RoPE."""
+    """Masked accuracy by length, a line for each scaling of RoPE."""
     trained, table = results["trained length"], results["table"]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    for axis, metric, title in (
-        (axes[0], "accuracy", "masked tokens predicted, held-out text"),
-        (axes[1], "nDCG@10", "nDCG@10, long documents truncated to the length"),
-    ):
-        for (name, row), color in zip(table.items(), (GREY, GREEN, ORANGE, BLUE), strict=True):
-            lengths = [int(length) for length in row]
-            scores = [row[n].get(metric, {"mean": math.nan, "error": 0}) for n in row]
-            mean, error = ([score[k] or 0 for score in scores] for k in ("mean", "error"))
-            style = {"color": color, "label": name, "marker": "o", "ms": 3, "capsize": 2}
-            axis.errorbar(lengths, mean, error, **style)
-        axis.axvline(trained, color="black", lw=0.8, ls=":")
-        place = (trained, 0.02)
-        axis.annotate(" trained length", place, xycoords=("data", "axes fraction"), fontsize=8)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [str(length) for length in lengths])
-        axis.set(title=title, xlabel="length of a text, in tokens", ylim=(0, None))
-    axes[0].legend()
-    return figure
-
-
-def draw_map(content):
-    """Documents as points, coloured by package; queries as stars, with a line to what they find
-    first: solid and green where it is right, red where it is wrong, and then dotted to what is."""
-    panels, groups = content["panels"], content["groups"]
-    named = [name for name, _ in Counter(groups).most_common(4)]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 4), squeeze=False)
-    for axis, (title, panel) in zip(axes[0], panels.items(), strict=True):
-        points, colors = panel["points"], (BLUE, ORANGE, GREEN, PURPLE)
-        for name, color in [("others", GREY), *zip(named, colors, strict=False)]:
-            own = [i for i, g in enumerate(groups) if (g if g in named else "others") == name]
-            axis.scatter(*points[own].T, s=3, color=color, label=name, linewidths=0)
-        stars, hits = points[len(groups) :], zip(panel["found"], content["right"], strict=True)
-        for star, (found, right) in zip(stars, hits, strict=True):
-            axis.plot(*star, "*", color="black", ms=9, zorder=3)
-            hit = GREEN if found == right else RED
-            for target, style, color in ((found, "-", hit), (right, ":", GREEN)):
-                axis.plot(*zip(star, points[target], strict=True), style, color=color, lw=1.5)
-        caption = f"alignment {panel['alignment']:.2f}, uniformity {panel['uniformity']:.2f}"
-        axis.set(title=title, xlabel=caption, xticks=[], yticks=[])
-        axis.grid(False)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncol": len(labels)}
-    figure.legend(handles, labels, fontsize=8, markerscale=3, **place)
-    asked = "; ".join(f"“{query[:50]}”" for query in content["queries"])
-    lines = (
-        "A line leads to what a query finds first: green is right, red wrong, dotted the right one"
-    )
-    figure.suptitle(f"Each point is a document, each star a query: {asked}\n{lines}", fontsize=8)
+    figure, axis = plt.subplots(figsize=(5, 3.2))
+    for (name, row), color in zip(table.items(), (GREY, GREEN, ORANGE, BLUE), strict=True):
+        lengths = [int(length) for length in row]
+        mean, error = ([score[key] or 0 for score in row.values()] for key in ("mean", "error"))
+        axis.errorbar(lengths, mean, error, color=color, label=name, marker="o", ms=3, capsize=2)
+    axis.axvline(trained, color="black", lw=0.8, ls=":")
+    place = (trained, 0.02)
+    axis.annotate(" trained length", place, xycoords=("data", "axes fraction"), fontsize=8)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [str(length) for length in lengths])
+    axis.set(title="masked tokens predicted, held-out text", ylim=(0, None))
+    axis.set_xlabel("length of a text, in tokens")
+    axis.legend()
     return figure

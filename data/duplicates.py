@@ -3,7 +3,6 @@
 One measure serves both: the share of runs of consecutive words that two texts have in common.
 """
 
-import itertools
 import re
 from collections import Counter
 from pathlib import Path
@@ -81,48 +80,19 @@ class HeldOut(NearDuplicates):
         self.is_word = np.zeros(max(vocabulary.values()) + 1, bool)
         for token, number in vocabulary.items():
             self.is_word[number] = token not in {"[UNK]", *special} and any(map(str.isalnum, token))
-        self.texts = set()  # hashes of texts of at least 3 words
-        ids, ends = self.words_of(*encode(tokenizer, texts))
-        for start, end in itertools.pairwise(ends):
-            text = tuple(ids[start:end].tolist())
+        self.texts = set()  # of at least 3 words
+        for text in map(self.words_of, encode(tokenizer, texts)):
             self.add(text)
             if len(text) >= 3:
-                self.texts.add(hash(text))
-        self.known = np.zeros(1 << 24, bool)
-        self.known[self.codes(ids)] = True
+                self.texts.add(text)
 
-    def words_of(self, ids, lengths):
-        """The words of a column (N,), and where each text begins and the last ends (B + 1,)."""
-        kept = self.is_word[ids]
-        ends = np.cumsum([0, *lengths])
-        return ids[kept], np.concatenate([[0], np.cumsum(kept)])[ends]
+    def words_of(self, ids):
+        return tuple(ids[self.is_word[ids]].tolist())
 
-    def codes(self, ids):
-        """24 bits for each run of 8 words. Nearly all runs of other texts are not `known`: they are
-        passed over without Python's loops. (The last 7 wrap around.)"""
-        codes = ids.astype(np.uint64)
-        for shift in (1, 2, 4):
-            codes = (codes * np.uint64(0x9E3779B97F4A7C15)) ^ np.roll(codes, -shift)
-        return codes >> np.uint64(40)
-
-    def find(self, ids, lengths):
-        """For each text of a column 2 if it equals a held-out one, 1 if nearly, else 0."""
-        ids, ends = self.words_of(ids, lengths)
-        known = np.concatenate([[0], np.cumsum(self.known[self.codes(ids)])])
-        known = known[np.maximum(ends[1:] - 7, ends[:-1])] - known[ends[:-1]]  # of each text
-        found = np.zeros(len(lengths), np.int8)
-        for i in np.flatnonzero((known >= self.least) | (np.diff(ends) < 15)):
-            text = tuple(ids[ends[i] : ends[i + 1]].tolist())
-            found[i] = 2 if hash(text) in self.texts else self.has_near(text)
-        return found
-
-    def find_rows(self, columns, negatives=None):
-        """For each row the largest `find` of its texts: 0, 1 or 2. As for SourceWriter.append."""
-        found = {name: self.find(*column) for name, column in columns.items()}
-        rows = np.max([found[name] for name in found if name != "negative"], axis=0)
-        if "negative" in found:
-            np.maximum.at(rows, np.repeat(np.arange(len(rows)), negatives), found["negative"])
-        return rows
+    def find(self, ids):
+        """2 if a text, as token ids, equals a held-out one, 1 if nearly, else 0."""
+        text = self.words_of(ids)
+        return 2 if text in self.texts else int(self.has_near(text))
 
 
 def held_out_texts(tasks):
@@ -139,8 +109,8 @@ def held_out_texts(tasks):
 
 
 def contamination(held_out, left_out):
-    """The entry of meta.json. left_out: source -> Counter of reasons."""
-    found = {name: {r: n[r] for r in REASONS[1:] if n[r]} for name, n in left_out.items()}
+    """The entry of meta.json. left_out: source -> reason -> number of rows."""
+    found = {name: {r: n[r] for r in REASONS if r in n} for name, n in left_out.items()}
     found = {name: counts for name, counts in found.items() if counts}
     removed = sum(sum(counts.values()) for counts in found.values())
     return {"held-out texts": len(held_out.sizes), "removed": removed, "sources": found}

@@ -21,18 +21,14 @@ The judge reads the text of pairs.jsonl, because its tokenizer may be another th
 st:NAME is any model that sentence-transformers opens. It gets the texts without prefixes.
 
 Processes share the texts to embed and the queries to compare; their number does not change the
-result. Each judged block stays in OUT-blocks until OUT is written, so that the same command goes on
-after an interruption. Each process has the embeddings of one block in memory, two arrays of a
-million by C float32: 6 GB at C = 768, half as much again while several processes add up theirs. A
-smaller --block needs less, and removes less.
+result. Each process has the embeddings of one block in memory: 6 GB for a million pairs at C = 768,
+half as much again while several processes add up theirs. A smaller --block needs less memory, and
+removes fewer pairs. A long job may go source by source, with --sources.
 """
 
 import itertools
-import json
-import os
 import shutil
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,7 +44,6 @@ from common.files import (
     load_tokenizer,
     read_json,
     read_json_lines,
-    write_arrays,
     write_json,
     write_whole,
 )
@@ -84,47 +79,40 @@ def is_consistent(query, document, right, top=2, device="cpu"):
     return (nearest == right[:, None]).any(1) | (own >= scores[:, -1]), nearest
 
 
-def judge_block(encode, pairs, prefixes, top, device):
+def judge_block(encode, pairs, prefixes, options, device):
     """Judges pairs among themselves, in all processes. Returns int64 (n, 2): 1 if a pair stays, and
     the row of the document that is nearest to its query."""
     first, right = distinct(pair["document"].encode() for pair in pairs)
-    queries = [prefixes["query"] + pair["query"] for pair in pairs]
-    documents = [prefixes["document"] + pairs[i]["document"] for i in first]
-    width = encode([""]).shape[1]
+    width = encode([""], "").shape[1]
 
-    def embeddings(texts):  # (n, E)
+    def embeddings(side, numbers):  # (n, E)
         def share(rows):
-            return encode([texts[i] for i in rows])
+            return encode([pairs[numbers[row]][side] for row in rows], prefixes[side])
 
-        return distributed.compute_in_shares(share, (len(texts), width), torch.float32).numpy()
+        return distributed.compute_in_shares(share, (len(numbers), width), torch.float32).numpy()
 
-    query, document = embeddings(queries), embeddings(documents)
+    query, document = embeddings("query", range(len(pairs))), embeddings("document", first)
 
     def verdicts(rows):
         rows = slice(rows.start, rows.stop)
-        kept, nearest = is_consistent(query[rows], document, right[rows], top, device)
+        kept, nearest = is_consistent(query[rows], document, right[rows], options.top, device)
         return np.stack((kept, first[nearest[:, 0]]), axis=1)
 
     return distributed.compute_in_shares(verdicts, (len(pairs), 2), torch.int64).numpy()
 
 
-def judge_source(encode, path, rows, prefixes, options, done, device):
-    """Judges the pairs of a pairs.jsonl in blocks of equal size, because in a small last block
-    every pair would pass. done: a folder, where each block's verdicts stay. Returns bool (rows,),
-    and for each row the row of the document nearest to its query."""
-    blocks, verdicts = -(-rows // options.block), [np.empty((0, 2), int)]
+def judge_source(encode, path, source, options, device):
+    """Judges the pairs of a source, pairs.jsonl at `path`, in blocks of equal size, because in a
+    small last block every pair would pass. Returns bool (rows,), and for each row the row of the
+    document nearest to its query."""
+    rows, pairs, prefixes = len(source), read_pairs(path, len(source)), source.meta["prefixes"]
+    blocks = -(-rows // options.block)
     ends = [rows * i // blocks for i in range(blocks + 1)] if rows else []
-    pairs = read_pairs(path, rows)
-    for begin, end in tqdm(list(itertools.pairwise(ends)), path.parent.name, disable=None):
+    verdicts = [np.empty((0, 2), int)]
+    for begin, end in tqdm(list(itertools.pairwise(ends)), source.name, disable=None):
         # the last block takes all that is left, so that a file that is too long is noticed
         block = list(itertools.islice(pairs, end - begin if end < rows else None))
-        file = Path(done, f"{path.parent.name}-{begin}-{end}.npz")
-        if not distributed.call_everywhere(file.is_file):
-            found = judge_block(encode, block, prefixes, options.top, device)
-            if distributed.is_first():
-                write_arrays(file, {"found": found})
-            distributed.wait_for_all()
-        verdicts.append(np.load(file)["found"] + [0, begin])
+        verdicts.append(judge_block(encode, block, prefixes, options, device) + [0, begin])
     kept, nearest = np.concatenate(verdicts).T
     return kept.astype(bool), nearest
 
@@ -134,38 +122,26 @@ def judge_source(encode, path, rows, prefixes, options, done, device):
 
 
 def read_pairs(path, rows):
-    """The pairs of a pairs.jsonl. Raises InputError naming the line that is none, and for a file of
-    another length than its source."""
+    """The pairs of a pairs.jsonl. Raises InputError for a file that has not as many as rows."""
     count = 0
-    for number, pair in read_json_lines(path):
-        if not all(isinstance(pair.get(side), str) for side in ("query", "document")):
-            raise InputError(f'{path}, line {number}: not {{"query": ..., "document": ...}}')
+    for _, pair in read_json_lines(path):
         count += 1
         yield pair
     if count != rows:
         raise InputError(f"{path} has {count:,} lines, but its source has {rows:,} rows")
 
 
-def link_or_copy(source, target):
-    """Links the large files, which are never changed in place. Not all file systems have links."""
-    try:
-        if source.endswith((".bin", "pairs.jsonl")):
-            return os.link(source, target)
-    except OSError:
-        pass
-    write_whole(target, lambda temporary: shutil.copy2(source, temporary))
-
-
 def copy_data(data, folder, skipped):
     """Copies a data folder into a new one, without some names. skipped: path of a folder -> names
     in it that stay out."""
-    shutil.copytree(
-        data,
-        folder,
-        ignore=lambda path, _: skipped.get(path, ()),
-        copy_function=link_or_copy,
-        dirs_exist_ok=True,
-    )
+
+    def copy(source, target):  # raises InputError where the disk is full
+        write_whole(target, lambda temporary: shutil.copy2(source, temporary))
+
+    def ignore(path, _):
+        return skipped.get(path, ())
+
+    shutil.copytree(data, folder, ignore=ignore, copy_function=copy, dirs_exist_ok=True)
 
 
 def show_removed(path, kept, nearest, count):
@@ -180,7 +156,7 @@ def show_removed(path, kept, nearest, count):
 
 
 def open_judge(options, device):
-    """A function: texts -> embeddings (n, E) float32 at unit length."""
+    """A function: texts, their prefix -> embeddings (n, E) float32 at unit length."""
     if options.judge.startswith("st:"):
         try:
             from sentence_transformers import SentenceTransformer
@@ -190,9 +166,10 @@ def open_judge(options, device):
             reason = str(error).split("\n")[0]
             raise InputError(f"--judge={options.judge} does not open: {reason}") from None
         judge.max_seq_length = options.max_tokens or judge.max_seq_length
-        return lambda texts: judge.encode(texts, normalize_embeddings=True)
+        return lambda texts, _: judge.encode(texts, normalize_embeddings=True)
     model = NomicBert.from_pretrained(options.judge, device=device)
-    return lambda texts: model.encode(texts, options.max_tokens or model.config.trained_length)
+    length = options.max_tokens or model.config.trained_length
+    return lambda texts, prefix: model.encode([prefix + text for text in texts], length)
 
 
 def write_filtered(data, out, judged, inputs, options):
@@ -203,18 +180,17 @@ def write_filtered(data, out, judged, inputs, options):
     with data_folder(out) as folder:
         copy_data(data, folder, {str(data): ["meta.json"], str(data / "stage2"): [*judged]})
         for name, (kept, nearest) in judged.items():
-            old, count = data / "stage2" / name, int(kept.sum())
-            share = count / max(1, len(kept))
-            print(f"{name}: kept {count:,} of {len(kept):,} pairs ({share:.1%})")
+            old, new, count = data / "stage2" / name, folder / "stage2" / name, int(kept.sum())
+            print(f"{name}: kept {count:,} of {len(kept):,} pairs")
             show_removed(old / "pairs.jsonl", kept, nearest, options.show)
             meta["filtered"][name] = {"rows": len(kept), "kept": count}
-            meta.setdefault("rows", {})[f"stage2/{name}"] = count
+            meta["rows"][f"stage2/{name}"] = count
             if count:
-                source, new = Source(old, tokenizer), folder / "stage2" / name
-                write_source(new, {}, source.meta["prefixes"], tokenizer, stored=[old], keep=kept)
-                if source.weight != 1:
+                before = read_json(old / "meta.json")
+                write_source(new, (), before["prefixes"], tokenizer, stored=[old], keep=kept)
+                if "weight" in before:
                     path = new / "meta.json"
-                    write_json(path, {**read_json(path), "weight": source.weight})
+                    write_json(path, {**read_json(path), "weight": before["weight"]})
         if not any(folder.glob("stage2/*/meta.json")):
             raise InputError(f"the judge {options.judge} keeps no pair of stage 2")
         write_json(folder / "meta.json", meta)
@@ -227,13 +203,11 @@ def main(arguments):
     _, _, device = distributed.start(0)
     if len(folders) != 1:
         raise InputError("give one data folder: python data/filter.py out/pydocs --judge=DIR")
-    data = Path(folders[0]) if Path(folders[0]).name else Path.cwd()  # . has no name
-    wanted = [name for name in options.sources.split(",") if name]
-    out = Path(options.out or f"{data}-filtered")
-    if options.top >= options.block:
-        raise InputError(f"--top={options.top}: in blocks of {options.block} pairs, all would stay")
+    data = Path(folders[0])
+    out = Path(options.out or f"{data.resolve()}-filtered")
     tokenizer = load_tokenizer(data)
     names = [path.parent.name for path in sorted(data.glob("stage2/*/meta.json"))]
+    wanted = [name for name in options.sources.split(",") if name] or names
     if unknown := set(wanted) - set(names):
         known = ", ".join(names) or "none"
         raise InputError(f"--sources={min(unknown)}: {data}/stage2 has the sources {known}")
@@ -244,24 +218,14 @@ def main(arguments):
     inputs = {**read_json(data / "meta.json").get("inputs", {}), "filtered": how}
     if distributed.call_everywhere(lambda: is_made(out, inputs)):
         return
-    encode = distributed.call_everywhere(lambda: open_judge(options, device))
-    # a folder for each judge, data and settings, so that no block of another filter is used
-    done = out.with_name(f"{out.name}-blocks") / fingerprint(json.dumps(how).encode())
-    judged = {}
-    for name in wanted or names:
-        source, began = Source(data / "stage2" / name, tokenizer), time.perf_counter()
-        path, prefixes = data / "stage2" / name / "pairs.jsonl", source.meta["prefixes"]
-        if options.judge.startswith("st:"):
-            prefixes = dict.fromkeys(prefixes, "")
-        judged[name] = judge_source(encode, path, len(source), prefixes, options, done, device)
-        seconds = time.perf_counter() - began
-        distributed.print_once(f"{name}: {len(source) / seconds:,.0f} pairs/s")
+    encode, judged = distributed.call_everywhere(lambda: open_judge(options, device)), {}
+    for name in wanted:
+        source, path = Source(data / "stage2" / name, tokenizer), data / "stage2" / name
+        judged[name] = judge_source(encode, path / "pairs.jsonl", source, options, device)
     first = distributed.is_first()
     distributed.call_everywhere(
         lambda: first and write_filtered(data, out, judged, inputs, options)
     )
-    if first:
-        shutil.rmtree(done.parent)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 import tempfile
 from array import array
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,13 @@ from common.files import SPECIAL_TOKENS, fingerprint, read_json, write_json, wri
 from common.options import InputError
 from data.duplicates import REASONS, HeldOut, contamination, held_out_texts
 from data.store import Source, encode, id_type
-from data.tasks import PREFIXES, write_jsonl, write_task
+from data.tasks import PREFIXES, json_line, write_jsonl, write_task
 
 SEARCH = PREFIXES["query"], PREFIXES["document"]
 LONGEST = 1200  # characters of a query or document that are kept for training, some 300 tokens
 OWN_SHARE = 0.2  # of the batches that are of one's own pairs, where others are added
 LONG = 900  # words: well beyond 8 times the 128 tokens that the laptop preset trains with
-BATCH = 1000  # rows that are tokenised or copied together
+BATCH = 1000  # rows that are tokenised together
 
 
 def split_of(group, dev_percent=4, test_percent=6):
@@ -80,137 +80,95 @@ def train_tokenizer(texts, vocab_size):
 
 
 # ------------------------------------------------------------------------------------------------
-# Writing sources
+# Sources. A row is a list of id arrays for each column, and its line of pairs.jsonl.
 
 
-def json_line(row):
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-class SourceWriter:
-    """Appends rows to the files of a source (data/store.py); `finish` writes its meta.json."""
-
-    def __init__(self, folder, prefixes, tokenizer, held_out=None):
-        """prefixes: of the columns query and document, or {} for documents alone. held_out: a
-        HeldOut; `left_out` counts the rows that repeat its text."""
-        self.folder, self.tokenizer, self.held_out = Path(folder), tokenizer, held_out
-        self.prefixes = {name: prefixes[name] for name in prefixes if name != "negative"}
-        self.rows, self.negatives, self.tokens, self.left_out = 0, 0, {}, Counter()
-        self.unknown, self.unknown_id = 0, tokenizer.token_to_id("[UNK]")
-        self.folder.mkdir(parents=True)
-        for name in self.prefixes or ["document"]:
-            self.append_texts(name, np.empty(0), np.empty(0, np.int64))
-
-    def write(self, name, data):
-        with open(self.folder / name, "ab") as file:
-            file.write(data)
-
-    def append_texts(self, name, ids, lengths):
-        if name not in self.tokens:
-            self.tokens[name] = 0
-            self.write(f"{name}.offsets.bin", np.zeros(1, np.int64))
-            if name == "negative":
-                self.write("negative.rows.bin", np.zeros(self.rows + 1, np.int64))
-        self.write(f"{name}.tokens.bin", ids.astype(id_type(self.tokenizer), copy=False))
-        self.write(f"{name}.offsets.bin", self.tokens[name] + np.cumsum(lengths))
-        self.tokens[name] += int(lengths.sum())
-        self.unknown += int((ids == self.unknown_id).sum())
-
-    def append(self, columns, lines, negatives=None, keep=None):
-        """Appends n rows. columns: name -> (ids (N,), lengths (n,)); lines: their JSON lines;
-        negatives (n,): how many texts of the column "negative" belong to each row; keep (n,): which
-        rows to write; all by default. Rows that repeat held-out text are left out."""
-        rows = len(columns["document"][1])
-        columns = columns if self.prefixes else {"document": columns["document"]}
-        keep = np.ones(rows, bool) if keep is None else keep
-        negatives = np.zeros(rows, np.int64) if negatives is None else negatives
-        if self.held_out:
-            found = self.held_out.find_rows(columns, negatives)
-            self.left_out.update(REASONS[i] for i in found[keep & (found > 0)])
-            keep = keep & (found == 0)
-        for name, (ids, lengths) in columns.items():
-            kept = np.repeat(keep, negatives) if name == "negative" else keep
-            if name in self.tokens or kept.any():  # most sources have no negatives
-                self.append_texts(name, ids[np.repeat(kept, lengths)], lengths[kept])
-        if "negative" in self.tokens:
-            self.write("negative.rows.bin", self.negatives + np.cumsum(negatives[keep]))
-            self.negatives += int(negatives[keep].sum())
-        if self.prefixes:
-            self.write("pairs.jsonl", "".join(itertools.compress(lines, keep)).encode())
-        self.rows += int(keep.sum())
-
-    def finish(self):
-        """Writes meta.json, last of all. Returns the number of rows and `left_out`."""
-        prefixes = dict(self.prefixes)
-        if "negative" in self.tokens:
-            prefixes["negative"] = prefixes["document"]
-        meta = {"rows": self.rows, "tokens": self.tokens, "prefixes": prefixes}
-        meta["unknown"] = self.unknown  # how many of the tokens are [UNK]
-        meta["dtype"] = np.dtype(id_type(self.tokenizer)).name
-        meta["tokenizer"] = fingerprint(self.tokenizer)
-        write_json(self.folder / "meta.json", meta)
-        return self.rows, self.left_out
-
-
-def write_source(folder, columns, prefixes, tokenizer, held_out=None, stored=(), keep=None):
-    """Writes a source: the texts in `columns` (name -> texts, as many in each), then the rows of
-    the sources in the folders `stored`, of which keep (n,) says which to write; None is all.
-    Returns as SourceWriter.finish."""
-    writer, start = SourceWriter(folder, prefixes, tokenizer, held_out), 0
-    for begin in range(0, len(columns.get("document", ())), BATCH):
-        part = {name: texts[begin : begin + BATCH] for name, texts in columns.items()}
-        rows = (dict(zip(part, row, strict=True)) for row in zip(*part.values(), strict=True))
-        encoded = {name: encode(tokenizer, texts) for name, texts in part.items()}
-        writer.append(encoded, list(map(json_line, rows)))
-    for columns, lines, negatives in stored_rows(stored, tokenizer):
-        rows = slice(start, start + len(columns["document"][1]))
-        writer.append(columns, lines, negatives, None if keep is None else keep[rows])
-        start = rows.stop
-    return writer.finish()
-
-
-def row_keys(*columns):
-    """A number for each row of columns (ids, lengths): (n,) int64, equal for equal rows."""
-    keys, columns = [], [(ids.tobytes(), np.cumsum([0, *n]) * ids.itemsize) for ids, n in columns]
-    for i in range(len(columns[0][1]) - 1):
-        digest = hashlib.blake2b(digest_size=8)
-        for data, ends in columns:
-            digest.update(data[ends[i] : ends[i + 1]])  # [CLS] and [SEP] part the texts
-        keys.append(digest.digest())
-    return np.frombuffer(b"".join(keys), np.int64)
-
-
-def first_of_each(keys):
-    """Which keys equal none before: bool (n,)."""
-    first = np.zeros(len(keys), bool)
-    first[np.unique(keys, return_index=True)[1]] = True
-    return first
-
-
-def write_documents(folder, stored, tokenizer):
-    """Writes the documents of stored sources, each different one once. Returns their number."""
-    keys = array("q")  # 8 bytes for each row
-    for columns, _, _ in stored_rows(stored, tokenizer):
-        keys.frombytes(row_keys(columns["document"]).tobytes())
-    rows, _ = write_source(folder, {}, {}, tokenizer, stored=stored, keep=first_of_each(keys))
-    return rows
+def encode_rows(rows, tokenizer):
+    """Yields rows of text as ids."""
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, BATCH)):
+        sides = [name for name in ("query", "document") if name in batch[0]]
+        encoded = {name: encode(tokenizer, [row[name] for row in batch]) for name in sides}
+        negatives = [row.get("negatives", []) for row in batch]
+        negative_ids = iter(encode(tokenizer, itertools.chain.from_iterable(negatives)))
+        for i, row in enumerate(batch):
+            ids = {name: [encoded[name][i]] for name in sides}
+            ids["negative"] = list(itertools.islice(negative_ids, len(negatives[i])))
+            yield ids, json_line(row).encode()
 
 
 def stored_rows(folders, tokenizer):
-    """The rows of sources on disk in batches, as SourceWriter.append takes them."""
+    """Yields the rows of sources on disk."""
     for folder in map(Path, folders):
         source, path = Source(folder, tokenizer), folder / "pairs.jsonl"
-        lines = open(path, encoding="utf-8") if path.is_file() else iter(())
-        for start in range(0, len(source), BATCH):
-            end, columns, negatives = min(start + BATCH, len(source)), {}, None
-            for name, column in source.columns.items():
-                first, last = start, end
-                if name == "negative":
-                    first, last = source.first_negative[[start, end]]
-                    negatives = np.diff(source.first_negative[start : end + 1])
-                offsets = column.offsets[first : last + 1]
-                columns[name] = column.tokens[offsets[0] : offsets[-1]], np.diff(offsets)
-            yield columns, list(itertools.islice(lines, end - start)), negatives
+        lines = path.open("rb") if path.is_file() else itertools.repeat(b"", len(source))
+        for i, line in zip(range(len(source)), lines, strict=True):
+            places = {name: [i] for name in source.columns} | {"negative": source.negatives(i)}
+            yield {n: [source.columns[n][j] for j in places[n]] for n in places}, line
+
+
+def without_repeats(rows, names, held_out, distinct, left_out):
+    """Yields the rows that write_source writes, and counts the others by reason."""
+    seen = set()
+    for row, line in rows:
+        reason = ""
+        if distinct:
+            key = hash(b"".join(row[name][0].tobytes() for name in names if name != "negative"))
+            reason = "copy of another row" if key in seen else ""
+            seen.add(key)
+        if held_out and not reason:
+            reason = REASONS[max(held_out.find(ids) for name in names for ids in row[name])]
+        if reason:
+            left_out[reason] += 1
+        else:
+            yield row, line
+
+
+def write_source(
+    folder, rows, prefixes, tokenizer, held_out=None, stored=(), keep=None, distinct=False
+):
+    """Writes a source (data/store.py): rows of text, then those of the sources in the folders
+    `stored`, of which keep (n,) says which to write; None is all.
+
+    rows: {"query": text, "document": text, "negatives": texts}, where negatives may be missing, or
+    {"document": text} where prefixes is empty. held_out: a HeldOut, whose texts no row may repeat.
+    distinct: without copies of earlier rows, each of which takes some 80 bytes of memory.
+    Returns the number of rows written, and a Counter: reason -> how many were left out."""
+    folder, left_out, unknown = Path(folder), Counter(), 0
+    prefixes = {**prefixes, "negative": prefixes["document"]} if prefixes else {}
+    names, unknown_id = list(prefixes) or ["document"], tokenizer.token_to_id("[UNK]")
+    offsets, first_negative = {name: array("q", [0]) for name in names}, array("q", [0])
+    old = stored_rows(stored, tokenizer)
+    old = old if keep is None else itertools.compress(old, keep)
+    rows = itertools.chain(encode_rows(rows, tokenizer), old)
+    folder.mkdir(parents=True)
+    with ExitStack() as stack:
+        paths = {name: folder / f"{name}.tokens.bin" for name in names}
+        files = {name: stack.enter_context(path.open("wb")) for name, path in paths.items()}
+        pairs = stack.enter_context(open(folder / "pairs.jsonl", "wb")) if prefixes else None
+        for row, line in without_repeats(rows, names, held_out, distinct, left_out):
+            for name, file in files.items():
+                for ids in row[name]:
+                    file.write(ids)
+                    offsets[name].append(offsets[name][-1] + len(ids))
+                    unknown += int((ids == unknown_id).sum())
+            if prefixes:
+                pairs.write(line)
+                first_negative.append(len(offsets["negative"]) - 1)
+    if first_negative[-1]:
+        (folder / "negative.rows.bin").write_bytes(first_negative)
+    elif prefixes:  # most sources have no negatives
+        paths["negative"].unlink()
+        del offsets["negative"], prefixes["negative"]
+    for name in offsets:
+        (folder / f"{name}.offsets.bin").write_bytes(offsets[name])
+    meta = {"rows": len(offsets["document"]) - 1}
+    meta["tokens"] = {name: ends[-1] for name, ends in offsets.items()}
+    meta |= {"prefixes": prefixes, "unknown": unknown}  # how many tokens are [UNK]
+    meta["dtype"] = np.dtype(id_type(tokenizer)).name
+    meta["tokenizer"] = fingerprint(tokenizer)
+    write_json(folder / "meta.json", meta)
+    return meta["rows"], left_out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -227,13 +185,11 @@ def is_made(out, inputs):
     meta = read_json(out / "meta.json") if (out / "meta.json").is_file() else {}
     if meta.get("made_by") != "nanoembed":
         raise InputError(f"{out} is there and is no data folder: choose another --out")
-    before = meta.get("inputs")
-    if before != inputs:
-        before = before if isinstance(before, dict) else {}
-        changed = sorted(key for key in inputs if before.get(key) != inputs[key])
+    before = meta.get("inputs", {})
+    if changed := [key for key in {**before, **inputs} if before.get(key) != inputs.get(key)]:
         raise InputError(
-            f"{out} was made from other inputs ({', '.join(changed) or 'more of them'}): remove "
-            "it, or choose another --out"
+            f"{out} was made from other inputs ({', '.join(changed)}): remove it, or choose "
+            "another --out"
         )
     print(f"{out} is there, made from the same inputs: nothing to do")
     return True
@@ -283,17 +239,17 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, h
         checked, stored, name = None, (), f"stage1/{split}"
         if split == "train":
             checked, stored = held_out, [path / name for path in add]
-        column = {"document": column}
-        written[name] = write_source(folder / name, column, {}, tokenizer, checked, stored)
+        found = ({"document": text} for text in column)
+        written[name] = write_source(folder / name, found, {}, tokenizer, checked, stored)
     for name, found in pairs.items():
         if found:
-            columns = dict(zip(("query", "document"), zip(*found, strict=True), strict=True))
-            given = dict(zip(columns, prefixes[Path(name).name], strict=True))
-            written[name] = write_source(folder / name, columns, given, tokenizer, held_out)
+            found = ({"query": query, "document": document} for query, document in found)
+            given = dict(zip(("query", "document"), prefixes[Path(name).name], strict=True))
+            written[name] = write_source(folder / name, found, given, tokenizer, held_out)
     for path in itertools.chain.from_iterable(sorted(p.glob("stage[23]/*")) for p in add):
         name = f"{path.parent.name}/{path.name}-{path.parents[1].name}"
-        given = Source(path, tokenizer).meta["prefixes"]
-        written[name] = write_source(folder / name, {}, given, tokenizer, held_out, [path])
+        given = read_json(path / "meta.json")["prefixes"]
+        written[name] = write_source(folder / name, (), given, tokenizer, held_out, [path])
 
     rows = {name: count for name, (count, _) in written.items()}
     weigh(folder, pairs, rows)
@@ -338,8 +294,7 @@ def show_pairs(folder, count, added=()):
     rng, added = np.random.default_rng(0), tuple(f"-{Path(path).name}" for path in added)
     paths = sorted(Path(folder).glob("stage*/*/pairs.jsonl"))
     paths = [p for p in paths if p.stat().st_size and not p.parent.name.endswith(added)]
-    for i in range(count if paths else 0):
-        path = paths[i % len(paths)]
+    for path in itertools.islice(itertools.cycle(paths), count):
         with open(path, "rb") as file:
             file.seek(rng.integers(path.stat().st_size))
             file.readline()  # the rest of a line

@@ -6,10 +6,10 @@ A column of texts is two flat files, so that opening it costs the same for a tho
     query.tokens.bin     uint16 or uint32   the ids of all texts in a row, each as [CLS] ... [SEP]
     query.offsets.bin    int64 (n + 1,)     text i is tokens[offsets[i] : offsets[i + 1]]
 
-A row may have negatives of its own, any number of them: a third column, and a file that says which
-of its texts belong to which row.
+A row may have any number of negatives of its own: a third column, and a file that says which of
+its texts belong to which row.
 
-    negative.tokens.bin, negative.offsets.bin   as above, the negatives of all rows in a row
+    negative.tokens.bin, negative.offsets.bin   as above, the negatives of all rows
     negative.rows.bin    int64 (rows + 1,)      row i has the texts rows[i] ... rows[i + 1] - 1
 
 A source is a folder of columns with a meta.json, which is written last. A data folder holds sources
@@ -23,13 +23,12 @@ of one tokenizer:
     search/corpus.jsonl               what `evaluate.py search` searches
 
 Which rows make batch number t is a pure function of (seed, t). It depends neither on the number of
-processes nor on micro-batches, evaluation or restarts. So a resumed run needs no saved reader, and
-two runs with one seed are equal. data/prepare.py writes these files.
+processes nor on micro-batches, evaluation or restarts, so a resumed run needs no saved reader.
+data/prepare.py writes these files.
 """
 
 import functools
 import hashlib
-import itertools
 import re
 from pathlib import Path
 
@@ -52,16 +51,14 @@ class Column:
 
     def __init__(self, folder, name, dtype, tokens, tokenizer):
         """tokens: how many there should be. Raises InputError where the files do not fit that."""
-        if dtype not in ("uint16", "uint32"):
-            raise InputError(f"{folder}/meta.json: dtype is {dtype!r}, not uint16 or uint32")
         self.path = folder / f"{name}.tokens.bin"
         self.ends, self.vocab_size = tokenizer.encode("").ids, tokenizer.get_vocab_size()
         self.offsets = map_file(folder / f"{name}.offsets.bin", np.int64)
         self.tokens = map_file(self.path, dtype)
         if not len(self.tokens) == tokens == (self.offsets[-1] if len(self.offsets) else -1):
             raise InputError(
-                f"{self.path} has {len(self.tokens):,} tokens, meta.json says {tokens:,}: it is "
-                "damaged, or of another data set; prepare the data again"
+                f"{self.path} is damaged: it has {len(self.tokens):,} tokens, meta.json says "
+                f"{tokens:,}; prepare the data again"
             )
 
     def __len__(self):
@@ -71,15 +68,13 @@ class Column:
         start, end = self.offsets[i], self.offsets[i + 1]
         ids = self.tokens[start:end]
         if not 0 <= start < end <= len(self.tokens) or [ids[0], ids[-1]] != self.ends:
-            raise InputError(f"{self.path}: text {i} is damaged; prepare the data again")
+            raise InputError(f"{self.path} is damaged at text {i}; prepare the data again")
         return self.checked(ids)
 
     def checked(self, ids):
         """Ids that the model has embeddings for. Raises InputError for others."""
         if ids.max() >= self.vocab_size:
-            raise InputError(
-                f"{self.path} has the id {ids.max()} of {self.vocab_size}: it is damaged"
-            )
+            raise InputError(f"{self.path} is damaged: id {ids.max()} of {self.vocab_size}")
         return ids
 
 
@@ -97,25 +92,23 @@ class Source:
         folder = Path(folder)
         self.name, self.meta = folder.name, read_json(folder / "meta.json")
         try:
-            self.rows, dtype, prefixes = (self.meta[key] for key in ("rows", "dtype", "prefixes"))
-            tokens, self.weight = self.meta["tokens"], float(self.meta.get("weight", 1))
-            self.columns = {n: Column(folder, n, dtype, tokens[n], tokenizer) for n in tokens}
+            self.rows, self.weight = self.meta["rows"], self.meta.get("weight", 1)
+            self.columns = {
+                name: Column(folder, name, self.meta["dtype"], tokens, tokenizer)
+                for name, tokens in self.meta["tokens"].items()
+            }
             self.prefixes = {
                 name: tokenizer.encode(prefix, add_special_tokens=False).ids
-                for name, prefix in prefixes.items()
+                for name, prefix in self.meta["prefixes"].items()
             }
-            if "negative" in tokens:
+            sizes = {name: len(column) for name, column in self.columns.items()}
+            if "negative" in self.columns:
                 self.first_negative = map_file(folder / "negative.rows.bin", np.int64)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                sizes["negative"] = len(self.first_negative) - 1
+        except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{folder} is not a source of texts: {error!r}") from None
-        if prefixes and set(prefixes) != set(tokens):
-            raise InputError(
-                f"{folder}/meta.json has prefixes of {list(prefixes)}, not its columns"
-            )
-        rows = [len(self.columns[name]) for name in self.columns if name != "negative"]
-        rows += [len(self.first_negative) - 1] if "negative" in self.columns else []
-        if set(rows) != {self.rows}:
-            raise InputError(f"{folder} has {rows} rows, meta.json says {self.rows}: prepare again")
+        if set(sizes.values()) != {self.rows}:
+            raise InputError(f"{folder} is damaged: {sizes} rows, meta.json says {self.rows}")
         if self.meta.get("tokenizer") != fingerprint(tokenizer):
             raise InputError(
                 f"{folder} was made with another tokenizer than the model's: start from random "
@@ -129,19 +122,13 @@ class Source:
         """Which texts of the column "negative" belong to a row: a range, maybe empty."""
         if "negative" not in self.columns:
             return range(0)
-        first, last = (int(number) for number in self.first_negative[row : row + 2])
-        if not 0 <= first <= last <= len(self.columns["negative"]):
-            raise InputError(f"{self.name}: negative.rows.bin is damaged; prepare the data again")
-        return range(first, last)
+        return range(*self.first_negative[row : row + 2].tolist())
 
     def texts(self, column, rows, max_tokens):
         """Rows as the model reads them: [CLS] prefix text [SEP], truncated. A list of id arrays."""
-        texts = []
-        for row in rows:
-            ids = self.columns[column][row]
-            ids = np.concatenate([ids[:1], self.prefixes[column], ids[1:]]).astype(np.int64)
-            texts.append(truncate(ids, max_tokens))
-        return texts
+        prefix, texts = self.prefixes[column], [self.columns[column][row] for row in rows]
+        texts = [np.concatenate([ids[:1], prefix, ids[1:]]).astype(np.int64) for ids in texts]
+        return [truncate(ids, max_tokens) for ids in texts]
 
 
 def truncate(ids, max_tokens):
@@ -190,10 +177,8 @@ class Sequences:
 
     def rows(self, step, batch_size, seed):
         """Which sequences make batch number `step`. Every epoch has each once, in a new order."""
-        places = np.arange(step * batch_size, (step + 1) * batch_size)
-        epochs, places = places // len(self), places % len(self)
-        orders = {epoch: permutation(len(self), seed, int(epoch)) for epoch in np.unique(epochs)}
-        return np.array([orders[e][p] for e, p in zip(epochs, places, strict=True)], np.int64)
+        n, places = len(self), range(step * batch_size, (step + 1) * batch_size)
+        return np.array([permutation(n, seed, p // n)[p % n] for p in places], np.int64)
 
 
 class PairBatches:
@@ -205,9 +190,9 @@ class PairBatches:
     of that epoch; every epoch shuffles the rows anew. A source that is smaller than a batch gives
     one, with its rows repeated: the loss does not count copies of a document as negatives.
 
-    weights, such as "faq=2,halves=0.5": how many times an epoch has the batches of a source; by
-    default the weight in its meta.json, else 1, as the paper has for all. Raises InputError for
-    names that are none, and for anything but numbers."""
+    weights, such as "faq=2,halves=0.5": how many times an epoch has the batches of a source. The
+    default is the weight in its meta.json, else 1, as in the paper. Raises InputError for a name
+    that no source has, and for a weight that is no number."""
 
     def __init__(self, sources, batch_size, seed, weights=""):
         self.sources, self.batch_size, self.seed = sources, batch_size, seed
@@ -220,15 +205,14 @@ class PairBatches:
         batches = np.where(weight > 0, np.maximum(batches, least), 0)
         self.source_of = np.repeat(np.arange(len(sources)), batches)  # batch of an epoch -> source
         if len(self.source_of) == 0:
-            names = ", ".join(s.name for s in sources)
-            raise InputError(f"the sources {names} have no rows, or a weight of 0")
+            raise InputError(f"{', '.join(self.weights)}: no source has rows and a weight above 0")
 
     def about(self):
         """What a run prints: the sources whose rows are repeated to fill a batch, and weights."""
-        small = [s.name for s in self.sources if len(s) < self.batch_size]
-        weighted = [f"{name}={weight:g}" for name, weight in self.weights.items() if weight != 1]
+        small = ", ".join(s.name for s in self.sources if len(s) < self.batch_size)
+        weighted = ", ".join(f"{name}={w:g}" for name, w in self.weights.items() if w != 1)
         lists = {"smaller than a batch, rows repeated:": small, "weights": weighted}
-        return {title: ", ".join(names) for title, names in lists.items() if names}
+        return {title: names for title, names in lists.items() if names}
 
     def at(self, step):
         """(source, rows) of batch number `step`."""
@@ -267,10 +251,9 @@ def id_type(tokenizer):
 
 
 def encode(tokenizer, texts):
-    """The token ids of all texts (N,), and their number in each text (B,)."""
-    ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts))]
-    flat = np.fromiter(itertools.chain.from_iterable(ids), id_type(tokenizer))
-    return flat, np.array([len(text) for text in ids], np.int64)
+    """The token ids of each text: a list of arrays, as they are on disk."""
+    encodings = tokenizer.encode_batch_fast(list(texts))
+    return [np.array(encoding.ids, id_type(tokenizer)) for encoding in encodings]
 
 
 def pack(texts, device="cpu"):
@@ -294,10 +277,10 @@ def distinct(keys):
     """Numbers equal keys alike. keys: n byte strings, m different ones -> first (m,): the place of
     the first of each different key; number (n,): which of the m keys each one is."""
     seen, first, number = {}, [], []
-    for i, key in enumerate(keys):
-        number.append(seen.setdefault(hash(key), len(seen)))  # 64 bits of it save memory
-        if len(seen) > len(first):
+    for i, key in enumerate(map(hash, keys)):  # 64 bits of each save memory
+        if key not in seen:
             first.append(i)
+        number.append(seen.setdefault(key, len(seen)))
     return np.array(first, np.int64), np.array(number, np.int64)
 
 

@@ -1,20 +1,15 @@
-"""Evaluation tasks on disk: a retrieval task in the BEIR layout, and a file of scored pairs.
+"""Retrieval tasks on disk, in the layout of BEIR (arXiv 2104.08663).
 
-The layout of BEIR (arXiv 2104.08663), each file plain or gzipped:
+Each file is plain or gzipped:
 
     corpus.jsonl     {"_id": "d1", "title": "may be missing", "text": "..."}
     queries.jsonl    {"_id": "q1", "text": "..."}
     qrels/test.tsv   query-id, corpus-id, score: tab-separated, below a header
     meta.json        {"prefixes": {"query": "search_query: ", "document": ...}}; may be missing
-
-A file of scored pairs has a row for each pair: two sentences and a number, as csv or tsv.
 """
 
-import csv
 import json
 import math
-import re
-from decimal import Decimal
 from pathlib import Path
 
 from common.files import read_json, read_json_lines, read_lines, write_json, write_text
@@ -34,11 +29,6 @@ PROMPTS |= dict.fromkeys(
     + ["Summarization", "BitextMining"],
     "classification: ",
 )
-
-HEADER = re.compile(r"[a-z_ ]*(score|label|similarity|relatedness|gold)[a-z_ ]*", re.I)
-
-# ------------------------------------------------------------------------------------------------
-# The BEIR layout
 
 
 def read_texts(path):
@@ -69,16 +59,14 @@ def read_judgements(path, queries, documents):
             raise InputError(f"{where}: not query-id, corpus-id and score, separated by tabs")
         query, document, grade = parts
         try:
-            value = Decimal(grade)
-            whole = -1000 <= value <= 1000 and value == int(value)
-        except ArithmeticError:
-            whole = False
-        if not whole:
+            value = float(grade)
+        except ValueError:
+            value = math.nan
+        if not value.is_integer() or abs(value) > 1000:
             raise InputError(f"{where}: the grade {grade} is no whole number from -1000 to 1000")
-        if query not in queries or document not in documents:
-            name = "queries" if query not in queries else "corpus"
-            missing = query if query not in queries else document
-            raise InputError(f"{where}: {missing} is not in {name}.jsonl")
+        for name, given, known in (("queries", query, queries), ("corpus", document, documents)):
+            if given not in known:
+                raise InputError(f"{where}: {given} is not in {name}.jsonl")
         if value > 0:
             judged.setdefault(query, {})[document] = int(value)
     return judged
@@ -99,18 +87,16 @@ def read_task(folder, split):
     judged = read_judgements(path, queries, documents)
     if not judged:
         raise InputError(f"{path} judges no document relevant")
-    prefixes = PREFIXES
-    if (folder / "meta.json").is_file():
-        prefixes = read_json(folder / "meta.json").get("prefixes")
-        given = prefixes if isinstance(prefixes, dict) else {}
-        if not all(isinstance(given.get(side), str) for side in ("query", "document")):
-            raise InputError(f"{folder}/meta.json gives no prefixes of query and document")
-    return documents, queries, judged, prefixes
+    meta = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
+    return documents, queries, judged, PREFIXES | meta.get("prefixes", {})
+
+
+def json_line(row):
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def write_jsonl(path, rows):
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(path, text)
+    write_text(path, "".join(map(json_line, rows)))
 
 
 def write_task(folder, documents, queries, prefixes):
@@ -125,39 +111,5 @@ def write_task(folder, documents, queries, prefixes):
             lines += [f"{split}-{i}\t{answer}\t1" for answer in dict.fromkeys(answers)]
         write_text(folder / "qrels" / f"{split}.tsv", "\n".join(lines) + "\n")
     write_jsonl(folder / "queries.jsonl", asked)
-    write_json(
-        folder / "meta.json", {"prefixes": dict(zip(("query", "document"), prefixes, strict=True))}
-    )
-
-
-# ------------------------------------------------------------------------------------------------
-# Scored pairs
-
-
-def read_scored_pairs(path):
-    """(sentences, sentences, scores) of a csv or tsv file, with or without a header such as
-    sentence1, sentence2, score. Raises InputError naming the line that has another form."""
-    path = Path(path)
-    separator = "\t" if path.name.removesuffix(".gz").endswith(".tsv") else ","
-    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-    csv.field_size_limit(2**31 - 1)
-    lines = (line + "\n" for _, line in read_lines(path))
-    reader = csv.reader(lines, delimiter=separator, quoting=quoting)
-    pairs = []
-    for row in reader:
-        where = f"{path}, line {reader.line_num}"
-        if not row or (not pairs and HEADER.fullmatch(row[-1])):
-            continue
-        if len(row) != 3:
-            reason = f"not two sentences and a score, but {len(row)} fields"
-            raise InputError(f"{where}: {reason}: {str(row)[:60]}")
-        try:
-            pairs.append((*row[:2], float(row[2])))
-        except ValueError:
-            raise InputError(f"{where}: the score {row[2][:40]!r} is no number") from None
-        if not math.isfinite(pairs[-1][2]):
-            raise InputError(f"{where}: the score {row[2]} is not finite")
-    first, second, scores = zip(*pairs, strict=True) if pairs else ((), (), ())
-    if len(set(scores)) < 2:
-        raise InputError(f"{path}: {len(scores)} scores, all equal: there is no order to compare")
-    return first, second, scores
+    prefixes = dict(zip(("query", "document"), prefixes, strict=True))
+    write_json(folder / "meta.json", {"prefixes": prefixes})

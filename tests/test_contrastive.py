@@ -1,6 +1,5 @@
 """InfoNCE and GradCache against their plain twins, and gathering against one process."""
 
-import functools
 import math
 
 import numpy as np
@@ -11,11 +10,11 @@ from tiny import LargestTensor, gradients, random_texts, tiny_model
 from torch import multiprocessing
 
 import contrastive
-from bench import gradients as gradients_bench
 from common.files import load_tokenizer
 from contrastive import (
     Config,
     embed,
+    gather,
     grad_cache,
     info_nce,
     info_nce_in_blocks,
@@ -117,17 +116,40 @@ def test_plain_gradient_accumulation_has_another_gradient():
     assert (gradients(model) - expected).abs().max() > 0.1 * expected.abs().max()
 
 
-def test_only_gathering_with_gradient_has_the_gradient_of_one_process(monkeypatch):
-    """Size and direction (cosine) of the gradient over the true one, with 2 and 4 processes."""
-    fork = functools.partial(multiprocessing.start_processes, start_method="fork")
-    monkeypatch.setattr(multiprocessing, "spawn", fork)  # does not import everything again
-    found = gradients_bench.measure(gradients_bench.Options(pairs=16))
-    for world in (2, 4):
-        size, cosine = found[world, "exact"]
-        assert size == pytest.approx(1, abs=1e-12) and cosine == pytest.approx(1, abs=1e-12)
-        size, cosine = found[world, "averaged"]
-        assert size == pytest.approx(1 / world) and cosine == pytest.approx(1)
-        assert found[world, "not gathered"][1] < found[world, "without gradient"][1] < 0.999
+WAYS = "gathered", "gathered without gradient", "not gathered"
+
+
+def gradients_of_a_process(rank, world, folder, pairs=16, E=16):
+    """Saves the gradient of the mean loss over all pairs, of which each process has a share."""
+    init = f"file://{folder}/store-{world}"
+    torch.distributed.init_process_group("gloo", init, rank=rank, world_size=world)
+    share = pairs // world
+    own = slice(rank * share, (rank + 1) * share)
+    for way in WAYS:
+        weight = unit_rows(E, E, seed=3).requires_grad_()
+        query, document = unit_rows(pairs, E, seed=1), unit_rows(pairs, E, seed=2)
+        q, d = (F.normalize(x[own] @ weight, dim=-1) for x in (query + document, document))
+        documents, first = (d, 0) if way == "not gathered" else (gather(d), own.start)
+        if way == "gathered without gradient":  # except for the documents of this process
+            documents = documents.detach().clone()
+            documents[own] = d
+        (info_nce(q, documents, 0.05, first) / pairs).backward()
+        torch.distributed.all_reduce(weight.grad)
+        torch.save(weight.grad.flatten(), f"{folder}/{way}-{world}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_only_gathering_with_gradient_has_the_gradient_of_one_process(tmp_path):
+    found = {}
+    for world in (1, 2, 4):
+        given = (gradients_of_a_process, (world, tmp_path), world)
+        multiprocessing.start_processes(*given, start_method="fork")
+        found[world] = [torch.load(tmp_path / f"{way}-{world}.pt") for way in WAYS]
+    true = found[1][0]
+    for gathered, *others in (found[2], found[4]):
+        torch.testing.assert_close(gathered, true, rtol=1e-12, atol=1e-12)
+        without, local = (F.cosine_similarity(gradient, true, 0) for gradient in others)
+        assert local < without < 0.999
 
 
 # ------------------------------------------------------------------------------------------------

@@ -81,8 +81,6 @@ def test_a_source_smaller_than_a_batch_gives_one_with_its_rows_repeated(data, da
 def test_a_weight_says_how_often_an_epoch_has_a_source(data, data_tokenizer):
     sources = open_sources(data / "stage2", data_tokenizer)
     first, second, third = (source.name for source in sources[:3])
-    plain = PairBatches(sources, 4, seed=3)
-    assert np.array_equal(PairBatches(sources, 4, 3, f"{first}=1").at(9)[1], plain.at(9)[1])
     batches = PairBatches(sources, 4, 3, f"{first}=2,{second}=0.5,{third}=0")
     drawn = [batches.at(step) for step in range(len(batches.source_of))]
     counts = Counter(source.name for source, _ in drawn)
@@ -95,7 +93,7 @@ def test_a_weight_says_how_often_an_epoch_has_a_source(data, data_tokenizer):
     assert sum(times.values()) == 8 * whole[first] and set(times.values()) <= {1, 2}
 
 
-@pytest.mark.parametrize("weights", ["faq=2", "{}", "{}=", "{}=-1", "{}=nan", "{}=1e3", "{}=much"])
+@pytest.mark.parametrize("weights", ["faq=2", "{}", "{}=-1", "{}=much"])
 def test_weights_that_are_none_are_named(weights, data, data_tokenizer):
     sources = open_sources(data / "stage2", data_tokenizer)
     weights = weights.format(sources[0].name)
@@ -113,36 +111,17 @@ def test_stored_texts_are_what_the_tokenizer_makes_of_prefix_and_text(data, data
         pairs = rows_of(data / "stage2" / source.name / "pairs.jsonl")
         for column in ("query", "document"):
             texts = [source.meta["prefixes"][column] + pair[column] for pair in pairs[:20]]
-            for ids, text in zip(source.texts(column, range(20), 10_000), texts, strict=True):
+            whole, short = (source.texts(column, range(20), length) for length in (10_000, 12))
+            for ids, truncated, text in zip(whole, short, texts, strict=True):
                 assert ids.tolist() == data_tokenizer.encode(text).ids
-
-
-def test_a_truncated_text_keeps_its_ends(data, data_tokenizer):
-    source = open_sources(data / "stage2", data_tokenizer)[0]
-    whole, short = (source.texts("document", [0], length)[0] for length in (10_000, 12))
-    assert len(short) == 12
-    assert np.array_equal(short[:11], whole[:11]) and short[11] == whole[-1]
+                assert truncated.tolist() == [*ids[:11], *ids[11:][-1:]]
 
 
 def test_another_tokenizer_and_another_kind_of_folder_are_errors(data, tokenizer, tmp_path):
     with pytest.raises(InputError, match="another tokenizer"):
         Source(data / "stage1" / "train", tokenizer)
-    with pytest.raises(InputError, match="meta.json cannot be read"):
-        Source(tmp_path, tokenizer)
     with pytest.raises(InputError, match="no sources in "):
         open_sources(tmp_path, tokenizer)
-
-
-def edit(path, change):
-    path.write_bytes(change(path.read_bytes()))
-
-
-def reversed_ids(data):
-    return np.frombuffer(data, np.uint16)[::-1].tobytes()
-
-
-def edited_meta(**change):
-    return lambda data: json.dumps({**json.loads(data), **change}).encode()
 
 
 def edited_offsets(place, value):
@@ -160,32 +139,20 @@ def edited_offsets(place, value):
         *[(f"query.{kind}.bin", lambda data: b"") for kind in ("tokens", "offsets")],
         *[(f"query.{kind}.bin", lambda data: data[:-8]) for kind in ("tokens", "offsets")],
         *[(f"query.{kind}.bin", lambda data: data[:-1]) for kind in ("tokens", "offsets")],
-        *[(f"query.{kind}.bin", lambda data: data * 2) for kind in ("tokens", "offsets")],
-        ("query.tokens.bin", reversed_ids),
+        ("query.tokens.bin", lambda data: data[::-1]),
         ("query.tokens.bin", lambda data: b"\xff" * len(data)),
-        ("query.tokens.bin", lambda data: bytes(len(data))),
         ("query.offsets.bin", edited_offsets(3, 10**12)),
-        ("query.offsets.bin", edited_offsets(3, -5)),
         ("query.offsets.bin", edited_offsets(4, 0)),
         ("query.offsets.bin", edited_offsets(-1, 7)),
         ("meta.json", lambda data: data[:-5]),
-        ("meta.json", edited_meta(rows=10**6)),
-        ("meta.json", edited_meta(rows="many")),
-        ("meta.json", edited_meta(tokens={"query": 3})),
-        ("meta.json", edited_meta(tokens={"nothing": 3})),
-        ("meta.json", edited_meta(tokens=[])),
-        ("meta.json", edited_meta(dtype="float64")),
-        ("meta.json", edited_meta(dtype="object")),
-        ("meta.json", edited_meta(prefixes={"query": 3, "document": ""})),
-        ("meta.json", edited_meta(prefixes={"query": ""})),
-        ("meta.json", edited_meta(tokenizer="other")),
+        ("meta.json", lambda data: data.replace(b'"rows": ', b'"rows": 1')),
     ],
 )
 def test_a_damaged_source_is_an_error_that_names_it(data, data_tokenizer, tmp_path, name, change):
     """At opening what can be seen at once, and the rest where it is read: never a wrong text."""
     folder = shutil.copytree(data / "stage2/summary-code", tmp_path / "damaged")
-    edit(folder / name, change)
-    with pytest.raises(InputError, match="damaged") as error:
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    with pytest.raises(InputError, match="/damaged") as error:
         source = Source(folder, data_tokenizer)
         source.texts("query", range(len(source)), 64)
     assert "\n" not in str(error.value)
@@ -233,7 +200,7 @@ def test_near_duplicates_agree_with_runs_counted_by_hand(word_tokenizer):
         return {tuple(text[i : i + 8]) for i in range(max(1, len(text) - 7))}
 
     index = HeldOut(map(" ".join, held), tokenizer)
-    found = index.find(*encode(tokenizer, map(" ".join, texts)))
+    found = np.array(list(map(index.find, encode(tokenizer, map(" ".join, texts)))))
     expected = []
     for text in map(runs, texts):
         pairs = [(len(text & other), min(len(text), len(other))) for other in map(runs, held)]
@@ -255,7 +222,7 @@ def test_held_out_text_is_found_and_quotes_and_unknown_scripts_are_not(word_toke
         "жили были дед и баба": 0,  # another text that is nothing but [UNK]
     }
     index = HeldOut([held, "a short one", "мороз и солнце день чудесный"], tokenizer)
-    assert index.find_rows({"document": encode(tokenizer, texts)}).tolist() == list(texts.values())
+    assert list(map(index.find, encode(tokenizer, texts))) == list(texts.values())
 
 
 def test_held_out_documents_are_not_in_the_training_text(data):
@@ -373,7 +340,7 @@ def test_the_embedded_data_is_made_where_it_is_missing(data, tmp_path, monkeypat
     assert made == [pydocs.Options()]
 
 
-OTHERS = [{"letter.txt": "dear"}, {"meta.json": "{}"}, {"meta.json": '{"made_by": "somebody"}'}]
+OTHERS = [{"letter.txt": "dear"}, {"meta.json": '{"made_by": "somebody"}'}]
 OTHERS += [{"meta.json": '{"made_by": "nanoembed", "inputs": {"core": ["tqdm"]}}', "a.txt": "mine"}]
 
 
@@ -386,13 +353,6 @@ def test_a_folder_that_was_made_from_something_else_is_left_alone(tmp_path, file
         pydocs.main([f"--out={tmp_path}/out", "--core=numpy"])
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == files
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_below_a_file_there_can_be_no_folder(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="cannot write .*: File exists"):
-        with data_folder(tmp_path / "file" / "data"):
-            raise AssertionError("the block must not run")
 
 
 def test_a_data_folder_takes_its_name_only_when_it_is_whole(tmp_path):

@@ -1,32 +1,17 @@
-"""Metrics against values worked out by hand and other libraries; search, STS, retrieval and MTEB by
-the real thing."""
+"""Metrics against values worked out by hand; search, retrieval and MTEB by the real thing."""
 
 import gzip
 import json
 import math
-import os
 import re
 
 import numpy as np
 import pytest
-from tiny import cases, tiny_model, unit_rows
+from tiny import cases, tiny_model
 
 import evaluate
 from common.options import InputError
-from data.tasks import read_scored_pairs
-from evaluate import (
-    Options,
-    Retrieval,
-    fuse,
-    mrr,
-    ndcg,
-    pearson,
-    ranks,
-    recall,
-    spearman,
-    summary,
-    top_k,
-)
+from evaluate import Options, Retrieval, fuse, mrr, ndcg, recall, summary, top_k
 from model import NomicBert
 
 
@@ -55,16 +40,6 @@ def test_several_relevant_documents_of_different_grades():
 
 def test_the_standard_error_is_the_deviation_of_the_mean():
     assert summary([0, 1, 0, 1]) == {"mean": 0.5, "error": pytest.approx(math.sqrt(1 / 3) / 2)}
-
-
-def test_correlations_equal_those_of_scipy_and_look_at_the_line_or_at_the_order():
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=200), rng.integers(0, 6, 200)  # ranks with many ties
-    assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)
-    assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert spearman(x, x**3) == pytest.approx(1) and pearson(x, x**3) < 0.95
-    assert ranks([10, 20, 10, 30]).tolist() == [1.5, 3, 1.5, 4], "equal values share a mean rank"
 
 
 @pytest.mark.parametrize("block", [(4096, 8192), (7, 13), (1, 99)])
@@ -155,7 +130,6 @@ def test_bm25_does_not_find_documents_without_a_word_of_the_query(tmp_path):
     rankings = task.rank_bm25()
     assert rankings[0, 0] == 7 and (rankings[1] == -1).all()
     assert task.scores(rankings)["recall@100"] == [1.0, 0.0]
-    assert evaluate.bm25(["a", "b c"])(["a", "xylophone"]).tolist() == [[-1, -1]] * 2
     assert evaluate.bm25(["many words"])(["a", ""]).tolist() == [[-1], [-1]]
 
 
@@ -173,15 +147,6 @@ def test_fusion_adds_up_reciprocal_ranks():
     assert fused.tolist() == [[5, 3, 7, 9, -1]]
 
 
-def test_alignment_and_uniformity_equal_their_definitions():
-    x, y = unit_rows(30, seed=1).astype(float), unit_rows(30, seed=2).astype(float)
-    distances = [((x[i] - x[j]) ** 2).sum() for i in range(30) for j in range(30) if i != j]
-    assert evaluate.uniformity(x) == pytest.approx(
-        math.log(np.mean(np.exp(-2 * np.array(distances))))
-    )
-    assert evaluate.alignment(x, y) == pytest.approx(np.mean([((x - y) ** 2).sum(1)]))
-
-
 def test_a_folder_is_scored_beside_bm25(directory, tmp_path, capsys):
     options = Options(model=str(directory), out=str(tmp_path))
     task = Retrieval(write_task(tmp_path / "task"), "test")
@@ -196,183 +161,10 @@ def test_a_folder_is_scored_beside_bm25(directory, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------
-# STS
-
-PAIRS = [
-    ("A man, in a hat, dances.", "A man dances.", 4.5),
-    ("A child rides a horse.", "A mouse is fed to a snake.", 0.0),
-    ('They say "no".', "They say no.", 5.0),
-    ("Reads a file.", "Returns the words of a file.", 2.5),
-]
+# MTEB
 
 
-def write_pairs(path, pairs=PAIRS, header=False):
-    rows = [("sentence1", "sentence2", "score")] * header + list(pairs)
-    if ".csv" in path.name:
-        rows = [['"' + str(cell).replace('"', '""') + '"' for cell in row] for row in rows]
-    separator = "\t" if ".tsv" in path.name else ","
-    return write_text(path, "".join(separator.join(map(str, row)) + "\n" for row in rows))
-
-
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz", "a.tsv.gz"])
-@pytest.mark.parametrize("header", [False, True])
-def test_scored_pairs_are_read_from_csv_and_tsv(tmp_path, name, header):
-    columns = read_scored_pairs(write_pairs(tmp_path / name, header=header))
-    assert list(zip(*columns, strict=True)) == PAIRS
-
-
-def test_a_newline_within_quotes_and_a_long_field_are_part_of_the_sentence(tmp_path):
-    long = "long " * 40_000
-    rows = [("two\nlines", "one", 1.0), (long, "short", 2.0)]
-    first, second, _ = read_scored_pairs(write_pairs(tmp_path / "a.csv", rows))
-    assert (first, second) == (("two\nlines", long), ("one", "short"))
-
-
-@cases(
-    ("text", "message"),
-    [
-        ("a,b,1\nc,d\n", "a.csv, line 2: not two sentences and a score, but 2 fields"),
-        ("a,b,1\nc,d,high\n", "a.csv, line 2: the score 'high' is no number"),
-        ("a,b,high\nc,d,1\n", "a.csv, line 1: the score 'high' is no number"),
-        ("a,b,nan\nc,d,1\n", "a.csv, line 1: the score nan is not finite"),
-        ("a,b,1\nc,d,-inf\n", "a.csv, line 2: the score -inf is not finite"),
-        ("a,b,1\nc,d,1\n", "a.csv: 2 scores, all equal"),
-        ("", "a.csv: 0 scores"),
-        (None, "a.csv cannot be read: No such file"),
-        (os.mkdir, "a.csv cannot be read: Is a directory"),
-        (gzip.compress(b"a,b,1\n", mtime=0)[:-9], "a.csv.gz cannot be read after line 1: Compres"),
-    ],
-)
-def test_bad_pairs_are_an_error_that_names_the_line(tmp_path, text, message):
-    path = tmp_path / ("a.csv.gz" if isinstance(text, bytes) else "a.csv")
-    if callable(text):
-        text(path)
-    elif text is not None:
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(InputError, match=message):
-        read_scored_pairs(path)
-
-
-def test_sts_is_the_correlation_of_cosines_with_the_prefix_of_classification(directory, tmp_path):
-    path, model = write_pairs(tmp_path / "a.csv"), NomicBert.from_pretrained(directory)
-    evaluate.sts(Options(model=str(directory), out=str(tmp_path)), path)
-    found = json.loads((tmp_path / "results.json").read_text())[f"sts {path}"]
-    x, y = (model.encode([f"classification: {pair[i]}" for pair in PAIRS]) for i in (0, 1))
-    cosines, scores = (x * y).sum(1), [pair[2] for pair in PAIRS]
-    assert found["Spearman"] == pytest.approx(spearman(cosines, scores))
-
-
-def test_a_correlation_that_is_not_defined_is_null(directory, tmp_path, capsys):
-    pairs = [("the same", "the same", score) for score in (1.0, 2.0)]
-    evaluate.sts(
-        Options(model=str(directory), out=str(tmp_path)), write_pairs(tmp_path / "a.csv", pairs)
-    )
-    assert "Spearman not defined" in capsys.readouterr().out
-    (found,) = json.loads((tmp_path / "results.json").read_text()).values()
-    assert found == {"Spearman": None}
-    assert summary([0.5]) == {"mean": 0.5, "error": None}
-
-
-# ------------------------------------------------------------------------------------------------
-# MTEB, with tasks that are made here
-
-
-def mteb_task(base, kind, main_score, dataset, name=""):
-    """A task object of mteb that brings its data along."""
-    from mteb.abstasks.task_metadata import TaskMetadata
-
-    about = {"description": "made in a test", "dataset": {"path": "made/here", "revision": "1"}}
-    about |= {"eval_splits": ["test"], "eval_langs": ["eng-Latn"], "main_score": main_score}
-
-    class Task(base):
-        metadata = TaskMetadata(name=f"My{name or kind}", type=kind, **about)
-        min_score, max_score = 0, 5
-
-        def load_data(self, *arguments, **kwargs):
-            if isinstance(dataset, Exception):
-                raise dataset
-            self.dataset, self.data_loaded = dataset, True
-
-    return Task()
-
-
-def mteb_tasks(task):
-    """One of each type of the 56, and bitext mining, of a few rows."""
-    from datasets import Dataset
-    from mteb import abstasks
-    from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
-
-    corpus = [{"id": f"d{i}", "text": text} for i, text in enumerate(task.documents)]
-    queries = [{"id": row["_id"], "text": row["text"]} for row in QUERIES]
-    split = {"corpus": Dataset.from_list(corpus), "queries": Dataset.from_list(queries)}
-    split |= {"relevant_docs": {"q1": {"d7": 2}, "q2": {"d13": 1}}, "top_ranked": None}
-    few = {"q1": [f"d{i}" for i in range(5, 12)], "q2": [f"d{i}" for i in range(9, 20)]}
-    first, second, scores = map(list, zip(*PAIRS, strict=True))
-    both = {"sentence1": first, "sentence2": second}
-    labels = [int(score > np.median(scores)) for score in scores]
-    texts = [f"{'read a file' if i % 2 else 'sum of numbers'} {i * i}" for i in range(24)]
-    named = Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(24)]})
-    groups = {"sentences": [texts, texts[::-1]], "labels": [[i % 2 for i in range(24)]] * 2}
-    summaries = {"text": texts[:3], "human_summaries": [texts[3:5]] * 3}
-    summaries |= {"machine_summaries": [texts[5:9]] * 3, "relevance": [[1.0, 3.0, 2.0, 5.0]] * 3}
-    pairs = [Dataset.from_dict(x) for x in (both | {"score": scores}, both | {"labels": labels})]
-    return [
-        mteb_task(abstasks.AbsTaskRetrieval, "Retrieval", "ndcg_at_10",
-                  {"default": {"test": split}}),
-        mteb_task(abstasks.AbsTaskRetrieval, "Reranking", "map_at_1000",
-                  {"default": {"test": split | {"top_ranked": few}}}),
-        mteb_task(abstasks.AbsTaskSTS, "STS", "cosine_spearman", {"test": pairs[0]}),
-        mteb_task(abstasks.AbsTaskPairClassification, "PairClassification", "max_ap",
-                  {"test": pairs[1]}),
-        mteb_task(abstasks.AbsTaskClassification, "Classification", "accuracy",
-                  {"train": named, "test": named}),
-        mteb_task(AbsTaskClusteringLegacy, "Clustering", "v_measure",
-                  {"test": Dataset.from_dict(groups)}),
-        mteb_task(abstasks.AbsTaskSummarization, "Summarization", "cosine_spearman",
-                  {"test": Dataset.from_dict(summaries)}),
-        mteb_task(abstasks.AbsTaskBitextMining, "BitextMining", "f1",
-                  {"test": Dataset.from_dict(both)}),
-        mteb_task(abstasks.AbsTaskSTS, "STS", "cosine_spearman",
-                  ConnectionError("no such host"), "Lost"),
-    ]  # fmt: skip
-
-
-def test_mteb_finds_the_prefix_of_each_type_of_task_in_a_checkpoint(
-    directory, tmp_path, capsys, monkeypatch
-):
-    """They are those that mteb has registered for nomic-embed-text-v1. A task that cannot be loaded
-    is named, and the others are scored."""
-    mteb = pytest.importorskip("mteb")
-    from mteb.models import SentenceTransformerEncoderWrapper
-    from sentence_transformers import SentenceTransformer
-
-    task = Retrieval(write_task(tmp_path / "task"), "test")
-    made = {made.metadata.name: made for made in mteb_tasks(task)}
-    monkeypatch.setattr(mteb, "get_task", made.__getitem__)
-    options = {"model": str(directory), "out": str(tmp_path), "max_tokens": 128}
-    evaluate.mteb(Options(tasks=",".join(made), **options))
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["skipped:", "MyLost:", "no", "such", "host"] in lines
-    found = {line[1]: float(line[-1]) for line in lines if len(line) > 2 and line[1] in made}
-
-    theirs = SentenceTransformer(str(directory), device="cpu")
-    theirs.max_seq_length = 128
-    registered = mteb.get_model_meta("nomic-ai/nomic-embed-text-v1").loader_kwargs["model_prompts"]
-    theirs = SentenceTransformerEncoderWrapper(theirs, model_prompts=registered)
-    others = [x for x in mteb_tasks(task) if x.metadata.name not in ("MyLost", "MyBitextMining")]
-    for other in others:  # for bitext mining nothing is registered
-        (result,) = mteb.evaluate(theirs, other, cache=None).task_results
-        name = other.metadata.name
-        assert found[name] == pytest.approx(result.get_score(), abs=1e-4), name
-    ours = task.scores(task.rank(NomicBert.from_pretrained(directory), 128))["nDCG@10"]
-    monkeypatch.setattr(SentenceTransformer, "encode", None)  # nothing is embedded again
-    evaluate.mteb(Options(tasks="MySTS,MyRetrieval", **options))
-    assert "MyRetrieval" in capsys.readouterr().out
-    assert found["MyRetrieval"] == pytest.approx(np.mean(ours), abs=1e-5) and len(others) == 7
-    with pytest.raises(InputError, match="--tasks=Nothing: give names of mteb's tasks"):
-        evaluate.mteb(Options(tasks="MySTS,Nothing", **options))
-
-
+@pytest.mark.filterwarnings("ignore:Some prompts")
 def test_each_type_of_mteb_task_has_the_prefix_of_the_paper(directory):
     mteb = pytest.importorskip("mteb")
     from mteb.models import SentenceTransformerEncoderWrapper
@@ -395,10 +187,36 @@ def test_each_type_of_mteb_task_has_the_prefix_of_the_paper(directory):
         assert tuple(model.model_prompts[key] for key in found) == prefixes, name
 
 
-def test_tasks_and_benchmarks_of_mteb_are_found_by_their_names():
+@pytest.mark.filterwarnings("ignore:Some prompts")
+def test_mteb_scores_a_checkpoint_as_we_do(directory, tmp_path):
+    """Its own library on its own: `mteb.evaluate(SentenceTransformer(directory), tasks)`."""
     mteb = pytest.importorskip("mteb")
-    for names, count in (("MTEB(eng, v1)", 56), ("LongEmbed", 6), ("MTEB(Law, v1),SciFact", 9)):
-        assert len(evaluate.named_tasks(mteb, names)) == count, names
+    from datasets import Dataset
+    from mteb.abstasks import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from sentence_transformers import SentenceTransformer
+
+    ours = Retrieval(write_task(tmp_path / "task"), "test")
+    corpus = [{"id": f"d{i}", "text": text} for i, text in enumerate(ours.documents)]
+    queries = [{"id": row["_id"], "text": row["text"]} for row in QUERIES]
+    about = {"description": "made in a test", "dataset": {"path": "made/here", "revision": "1"}}
+    about |= {"eval_splits": ["test"], "eval_langs": ["eng-Latn"], "main_score": "ndcg_at_10"}
+
+    class Task(AbsTaskRetrieval):
+        metadata = TaskMetadata(name="Made", type="Retrieval", **about)
+
+        def load_data(self, *arguments, **kwargs):
+            split = {"corpus": Dataset.from_list(corpus), "queries": Dataset.from_list(queries)}
+            split |= {"relevant_docs": {"q1": {"d7": 2}, "q2": {"d13": 1}}, "top_ranked": None}
+            self.dataset, self.data_loaded = {"default": {"test": split}}, True
+
+    theirs = mteb.evaluate(SentenceTransformer(str(directory), device="cpu"), Task(), cache=None)
+    scores = ours.scores(ours.rank(NomicBert.from_pretrained(directory), 8192))["nDCG@10"]
+    assert theirs.task_results[0].get_score() == pytest.approx(np.mean(scores), abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# Search
 
 
 @pytest.fixture
@@ -449,11 +267,10 @@ def test_embeddings_are_kept_until_the_checkpoint_changes_or_they_are_damaged(se
     ("words", "message"),
     [
         (["search", " "], "the query is empty"),
-        (["search", "x"], "nothing was trained in .*: make demo"),
-        ([], "nothing was trained in .*: python mlm.py, or make demo"),
-        (["sts"], "give search, long, plot, sts FILE"),
-        (["sts", "a", "b"], "give search"),
-        (["retrieval"], "give search"),
+        (["search", "x"], "nothing was trained in"),
+        ([], "nothing was trained in .*: python mlm.py, make demo, or --model"),
+        (["long"], "there is no checkpoint directory .*/mlm"),
+        (["retrieval"], "retrieval: give search, long, plot, retrieval FOLDER, or nothing"),
         (["retrieval", "nowhere"], "has no qrels"),
         (["sing"], "sing: give search"),
     ],

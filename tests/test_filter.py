@@ -11,10 +11,10 @@ import pytest
 from conftest import ROOT
 from tiny import tiny_model, unit_rows
 
-from common.files import fingerprint, load_tokenizer
+from common.files import fingerprint, load_tokenizer, read_json, write_json
 from common.options import InputError
 from data import filter as filtering
-from data import prepare, store
+from data import prepare
 from data.store import Source, distinct
 from model import NomicBert
 
@@ -36,26 +36,35 @@ def judge(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data folder of 100 real pairs and 40 shuffled ones in a source, and 30 pairs in another."""
+    """A data folder of 100 real pairs and 40 shuffled ones in a source, and 15 of each in another,
+    which has negatives and a weight."""
     rng = np.random.default_rng(0)
     texts = [sentence(rng) for _ in range(140)]
     documents = [" ".join(reversed(text.split())) for text in texts]  # the same words
     documents[100:] = np.roll(documents[100:], 1).tolist()
-    other = [(sentence(rng), sentence(rng)) for _ in range(30)]
     tokenizer = prepare.train_tokenizer(texts, vocab_size=200)
     data = tmp_path / "data"
-    for name, pairs in (("mixed", list(zip(texts, documents, strict=True))), ("other", other)):
-        write_pairs(data / "stage2" / name, pairs, tokenizer)
-    prepare.write_source(data / "stage1" / "train", {"document": texts}, {}, tokenizer)
+    write_pairs(data / "stage2/mixed", zip(texts, documents, strict=True), tokenizer)
+    other = [(texts[i], documents[i] if i < 15 else sentence(rng)) for i in range(30)]
+    rows = (
+        {"query": query, "document": document, "negatives": WORDS[: i % 3]}
+        for i, (query, document) in enumerate(other)
+    )
+    prepare.write_source(data / "stage2/other", rows, PREFIXES, tokenizer)
+    weighted = data / "stage2/other/meta.json"
+    write_json(weighted, {**read_json(weighted), "weight": 3})
     prepare.save_tokenizer(data, tokenizer)
     rows = {"stage2/mixed": 140, "stage2/other": 30}
-    (data / "meta.json").write_text(json.dumps({"made_by": "nanoembed", "rows": rows}))
+    write_json(data / "meta.json", {"made_by": "nanoembed", "rows": rows})
     return data
 
 
-def write_pairs(folder, pairs, tokenizer):
-    columns = dict(zip(("query", "document"), zip(*pairs, strict=True), strict=True))
-    prepare.write_source(folder, columns, {"query": "a: ", "document": "b: "}, tokenizer)
+PREFIXES = {"query": "a: ", "document": "b: "}
+
+
+def write_pairs(folder, pairs, tokenizer, prefixes=PREFIXES):
+    rows = ({"query": query, "document": document} for query, document in pairs)
+    prepare.write_source(folder, rows, prefixes, tokenizer)
 
 
 def lines(path):
@@ -84,8 +93,8 @@ def test_a_pair_stays_if_fewer_than_top_documents_are_nearer(top):
 
 def test_shuffled_pairs_go_and_real_ones_stay(folder, judge, capsys):
     out = run(folder, judge, "--sources=mixed", "--show=4")
-    kept = lines(out / "stage2" / "mixed" / "pairs.jsonl")
-    before = lines(folder / "stage2" / "mixed" / "pairs.jsonl")
+    kept = lines(out / "stage2/mixed/pairs.jsonl")
+    before = lines(folder / "stage2/mixed/pairs.jsonl")
     real = sum(line in before[:100] for line in kept)
     assert real >= 95 and len(kept) - real <= 4
     shown = capsys.readouterr().out
@@ -97,88 +106,62 @@ def test_a_document_in_many_rows_does_not_push_itself_out(folder, judge):
     text = " ".join(WORDS[:6])
     pairs = [(f"{text} {word}", text) for word in WORDS[6:16]]
     pairs += [(word * 3, word * 2) for word in WORDS[20:40]]
-    write_pairs(folder / "stage2" / "shared", pairs, load_tokenizer(folder))
+    write_pairs(folder / "stage2/shared", pairs, load_tokenizer(folder))
     out = run(folder, judge, "--sources=shared")
-    kept = lines(out / "stage2" / "shared" / "pairs.jsonl")
-    assert kept[:10] == lines(folder / "stage2" / "shared" / "pairs.jsonl")[:10]
+    kept = lines(out / "stage2/shared/pairs.jsonl")
+    assert kept[:10] == lines(folder / "stage2/shared/pairs.jsonl")[:10]
 
 
 def test_pairs_are_compared_within_blocks_of_equal_size(folder, judge):
     """30 pairs in blocks of at most 12: three of 10. What is judged in one is judged as if the
     source had no other rows."""
-    model, path = NomicBert.from_pretrained(judge), folder / "stage2" / "other" / "pairs.jsonl"
-    options = filtering.Options(block=12, max_tokens=128)
-    prefixes = {"query": "a: ", "document": "b: "}
-    done = folder / "blocks"
+    model, path = NomicBert.from_pretrained(judge), folder / "stage2/other/pairs.jsonl"
+    options = filtering.Options(block=12)
 
-    def encode(texts):
-        return model.encode(texts, 128)
+    def encode(texts, prefix):
+        return model.encode([prefix + text for text in texts], 128)
 
-    kept, nearest = filtering.judge_source(encode, path, 30, prefixes, options, done, "cpu")
-    assert sorted(p.name for p in done.iterdir()) == [
-        "other-0-10.npz",
-        "other-10-20.npz",
-        "other-20-30.npz",
-    ]
+    source = Source(path.parent, load_tokenizer(folder))
+    kept, nearest = filtering.judge_source(encode, path, source, options, "cpu")
     pairs = [json.loads(line) for line in lines(path)]
-    for begin, end in ((0, 10), (10, 20), (20, 30)):
+    for begin in (0, 10, 20):
         query, document = (
-            model.encode([prefixes[side] + pair[side] for pair in pairs[begin:end]], 128)
+            encode([pair[side] for pair in pairs[begin : begin + 10]], PREFIXES[side])
             for side in ("query", "document")
         )
-        first, right = distinct(pair["document"].encode() for pair in pairs[begin:end])
-        expected, _ = filtering.is_consistent(query, document[first], right)
-        assert np.array_equal(kept[begin:end], expected)
-        assert nearest[begin:end].min() >= begin and nearest[begin:end].max() < end
+        first, right = distinct(pair["document"].encode() for pair in pairs[begin : begin + 10])
+        expected, found = filtering.is_consistent(query, document[first], right)
+        assert np.array_equal(kept[begin : begin + 10], expected)
+        assert np.array_equal(nearest[begin : begin + 10], first[found[:, 0]] + begin)
 
 
 # ------------------------------------------------------------------------------------------------
 # The folder
 
 
-def test_rows_that_stay_keep_their_tokens_and_sources_that_stay_whole_are_linked(folder, judge):
+def test_rows_that_stay_keep_their_tokens_and_all_else_is_copied(folder, judge):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    out = run(folder, judge, "--sources=mixed")
+    out = run(folder, judge)
     assert all(path.read_bytes() == content for path, content in before.items())
-    tokenizer = load_tokenizer(out)
-    old, new = (Source(d / "stage2" / "mixed", tokenizer) for d in (folder, out))
-    rows = {line: i for i, line in enumerate(lines(folder / "stage2" / "mixed" / "pairs.jsonl"))}
-    kept = [rows[line] for line in lines(out / "stage2" / "mixed" / "pairs.jsonl")]
-    assert len(new) == len(kept) < len(old)
-    for side, column in new.columns.items():
-        assert all(np.array_equal(column[i], old.columns[side][row]) for i, row in enumerate(kept))
-        assert new.meta["tokens"][side] == len(column.tokens)
-    for name in ("stage1/train/document.tokens.bin", "stage2/other/pairs.jsonl", "tokenizer.json"):
-        assert (folder / name).read_bytes() == (out / name).read_bytes()
-        assert os.path.samefile(folder / name, out / name) == ("stage" in name)
-    meta = json.loads((out / "meta.json").read_text())
-    assert meta["filtered"] == {"mixed": {"rows": 140, "kept": len(kept)}}
-    assert meta["rows"]["stage2/mixed"] == new.meta["rows"] == len(kept)
+    assert (folder / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
+    tokenizer, meta = load_tokenizer(out), read_json(out / "meta.json")
+    for name, weight in (("mixed", 1), ("other", 3)):
+        old, new = (Source(d / "stage2" / name, tokenizer) for d in (folder, out))
+        rows = {line: i for i, line in enumerate(lines(folder / f"stage2/{name}/pairs.jsonl"))}
+        kept = [rows[line] for line in lines(out / f"stage2/{name}/pairs.jsonl")]
+        assert len(new) == len(kept) < len(old) and new.weight == weight
+        for i, row in enumerate(kept):
+            places = {"query": ([i], [row]), "document": ([i], [row])}
+            if name == "other":
+                places["negative"] = new.negatives(i), old.negatives(row)
+            for side, (now, then) in places.items():
+                texts = new.texts(side, now, 99), old.texts(side, then, 99)
+                assert list(map(list, texts[0])) == list(map(list, texts[1]))
+        assert meta["filtered"][name] == {"rows": len(old), "kept": len(kept)}
+        assert meta["rows"][f"stage2/{name}"] == len(kept)
     how = meta["inputs"]["filtered"]
     assert (how["judge"], how["top"], how["block"]) == (str(judge), 2, 1_000_000)
     assert how["weights"] == fingerprint(judge / "model.safetensors")
-
-
-def test_negatives_stay_with_their_rows(folder):
-    tokenizer, where = load_tokenizer(folder), folder / "stage2" / "own"
-    counts = np.arange(len(WORDS)) % 3
-    texts = {"query": [w * 2 for w in WORDS], "document": WORDS}
-    texts["negative"] = [word for count in counts for word in WORDS[:count]]
-    columns = {name: store.encode(tokenizer, found) for name, found in texts.items()}
-    writer = prepare.SourceWriter(where, {"query": "a: ", "document": "b: "}, tokenizer)
-    writer.append(columns, [f"{word}\n" for word in WORDS], counts)
-    writer.finish()
-    kept = np.zeros(len(WORDS), bool)
-    kept[[1, 4, 5, 6]] = True
-    fewer, prefixes = folder / "stage2" / "fewer", {"query": "a: ", "document": "b: "}
-    prepare.write_source(fewer, {}, prefixes, tokenizer, stored=[where], keep=kept)
-    old, new = (Source(folder / "stage2" / name, tokenizer) for name in ("own", "fewer"))
-    assert lines(folder / "stage2/fewer/pairs.jsonl") == [WORDS[row] for row in (1, 4, 5, 6)]
-    for i, row in enumerate([1, 4, 5, 6]):
-        expected = old.texts("negative", old.negatives(row), 99)
-        found = new.texts("negative", new.negatives(i), 99)
-        assert len(found) == row % 3
-        assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -189,11 +172,8 @@ def test_negatives_stay_with_their_rows(folder):
     ("options", "message"),
     [
         (["--sources=mixed,nothing"], "--sources=nothing: .*has the sources mixed, other"),
-        (["--top=0"], "--top=0: give a whole number from 1"),
-        (["--block=2"], "--top=2: in blocks of 2 pairs, all would stay"),
         (["--judge=nowhere"], "nowhere"),
-        (["--max-tokens=-1"], "--max-tokens=-1: give a whole number from 0"),
-        (["--show=few"], "--show=few: not a whole number"),
+        (["--judge=st:/nowhere"], "--judge=st:/nowhere does not open"),
         (["more"], "give one data folder"),
     ],
 )
@@ -204,37 +184,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(options, message, folder, judg
     assert [path.name for path in folder.parent.iterdir()] == ["data"]
 
 
-def test_a_folder_that_is_there_is_not_overwritten(folder, judge, tmp_path, capsys, monkeypatch):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "note.md").write_text("mine")
-    with pytest.raises(InputError, match="mine is there and is no data folder"):
-        run(folder, judge, f"--out={tmp_path / 'mine'}")
+def test_a_folder_that_is_there_is_not_overwritten(folder, judge, capsys, monkeypatch):
     out = run(folder, judge)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    run(folder, judge)
-    assert "made from the same inputs: nothing to do" in capsys.readouterr().out
     monkeypatch.chdir(folder)
     filtering.main([".", f"--judge={judge}"])
     assert "made from the same inputs: nothing to do" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
     with pytest.raises(InputError, match="was made from other inputs .filtered."):
         run(folder, judge, "--top=1")
-    with pytest.raises(InputError, match="mine is neither a data folder nor a checkpoint"):
-        run(tmp_path / "mine", judge)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda rows: ['{"query": 1}', *rows[1:]], 'pairs.jsonl, line 1: not {"query"'),
-        (lambda rows: [*rows, rows[0]], "has 141 lines, but its source has 140 rows"),
-        (lambda rows: rows[:-1], "has 139 lines, but its source has 140 rows"),
-    ],
-)
-def test_text_that_does_not_fit_the_tokens_is_named(change, message, folder, judge):
-    path = folder / "stage2" / "mixed" / "pairs.jsonl"
-    path.write_text("\n".join(change(lines(path))) + "\n")
-    with pytest.raises(InputError, match=message):
+@pytest.mark.parametrize("extra", [1, -1])
+def test_text_that_does_not_fit_the_tokens_is_named(extra, folder, judge):
+    path = folder / "stage2/mixed/pairs.jsonl"
+    path.write_text("\n".join((lines(path) * 2)[: 140 + extra]) + "\n")
+    with pytest.raises(InputError, match=f"has {140 + extra} lines, but its source has 140 rows"):
         run(folder, judge)
     assert [path.name for path in folder.parent.iterdir()] == ["data"]
 
@@ -248,36 +213,15 @@ def test_a_full_disk_is_named_and_leaves_nothing(folder, judge):
             run(folder, judge)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    left = [p for p in folder.parent.rglob("*") if p.is_file() and folder not in p.parents]
-    assert left == []
+    assert [path.name for path in folder.parent.iterdir()] == ["data"]
 
 
 # ------------------------------------------------------------------------------------------------
-# Interruptions, processes, other judges
-
-
-def test_an_interrupted_filter_goes_on_behind_the_last_judged_block(folder, judge, monkeypatch):
-    expected = lines(run(folder, judge, "--block=50") / "stage2/mixed/pairs.jsonl")
-    blocks, judge_block = [], filtering.judge_block
-
-    def judge_twice(encode, pairs, *rest):
-        blocks.append(len(pairs))
-        if len(blocks) == 3:
-            raise KeyboardInterrupt
-        return judge_block(encode, pairs, *rest)
-
-    monkeypatch.setattr(filtering, "judge_block", judge_twice)
-    out = folder.parent / "again"
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, judge, "--block=50", f"--out={out}")
-    run(folder, judge, "--block=50", f"--out={out}")
-    assert lines(out / "stage2/mixed/pairs.jsonl") == expected
-    assert blocks == [46, 47, 47, 47, 30], "140 and 30 rows; the third block was interrupted"
-    assert not list(folder.parent.glob("*-blocks"))
+# Processes, and other judges
 
 
 def test_several_processes_keep_the_same_pairs(folder, judge):
-    alone, script = run(folder, judge), ROOT / "data" / "filter.py"
+    alone, script = run(folder, judge), ROOT / "data/filter.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     out = folder.parent / "two"
     command = [*launch, script, folder, f"--judge={judge}", f"--out={out}"]
@@ -293,16 +237,10 @@ def test_several_processes_keep_the_same_pairs(folder, judge):
 
 def test_any_model_of_sentence_transformers_may_judge(folder, judge):
     """Ours opens there; with prefixes of its own it is another judge, so the data has none."""
-    pairs = [json.loads(line) for line in lines(folder / "stage2/mixed/pairs.jsonl")]
-    pairs = [(pair["query"], pair["document"]) for pair in pairs]
-    columns = dict(zip(("query", "document"), zip(*pairs, strict=True), strict=True))
-    tokenizer, name = load_tokenizer(folder), folder / "stage2" / "plain"
-    prepare.write_source(name, columns, dict.fromkeys(columns, ""), tokenizer)
-    found = [
-        lines(run(folder, f"{kind}{judge}", "--sources=plain", f"--out={folder}-{i}")
-              .with_name(f"data-{i}") / "stage2/plain/pairs.jsonl")
-        for i, kind in enumerate(("", "st:"))
-    ]  # fmt: skip
-    assert found[0] == found[1] and len(found[0]) >= 95
-    with pytest.raises(InputError, match="--judge=st:nowhere/at-all does not open"):
-        run(folder, "st:nowhere/at-all", f"--out={folder}-2")
+    pairs = [json.loads(line).values() for line in lines(folder / "stage2/mixed/pairs.jsonl")]
+    none = {"query": "", "document": ""}
+    write_pairs(folder / "stage2/plain", pairs, load_tokenizer(folder), none)
+    ours = run(folder, judge, "--sources=plain") / "stage2/plain/pairs.jsonl"
+    run(folder, f"st:{judge}", "--sources=plain", f"--out={folder}-st")
+    found = lines(folder.with_name("data-st") / "stage2/plain/pairs.jsonl")
+    assert found == lines(ours) and len(found) >= 95

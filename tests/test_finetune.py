@@ -1,7 +1,5 @@
 """Hard negatives are hard, and negative; first dimensions become embeddings."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -70,8 +68,8 @@ PREFIXES = {"query": "q: ", "document": "d: "}
 
 
 def write_source(folder, pairs, tokenizer):
-    columns = dict(zip(("query", "document"), zip(*pairs, strict=True), strict=True))
-    prepare.write_source(folder, columns, PREFIXES, tokenizer)
+    rows = ({"query": query, "document": document} for query, document in pairs)
+    prepare.write_source(folder, rows, PREFIXES, tokenizer)
     return store.Source(folder, tokenizer)
 
 
@@ -80,18 +78,15 @@ def source(tokenizer, tmp_path):
     return write_source(tmp_path / "source", PAIRS, tokenizer)
 
 
-RUN = SimpleNamespace(step=0, settings={"seed": 0})
+def settings(**values):
+    return Config(**{"mined": 29, "margin": np.inf, **values})
 
 
-def settings(out, **values):
-    return Config(**{"out": str(out), "mined": 29, "margin": np.inf, **values})
-
-
-def test_copies_and_answers_to_an_equal_query_are_no_negatives(source, tokenizer, tmp_path):
+def test_copies_and_answers_to_an_equal_query_are_no_negatives(source, tokenizer):
     """At margin inf, so that only the marks can tell."""
     length = len(source.texts("document", [1], 99)[0])
-    config = settings(tmp_path / "out", document_tokens=length)
-    mined = mine(tiny_model(tokenizer), [source], config, RUN)["source"]
+    config = settings(document_tokens=length)
+    mined = mine(tiny_model(tokenizer), [source], config)["source"]
     copies, equal_as_read, two_answers = {0, 26}, {1, 27}, {2, 28}
     for answers in (copies, equal_as_read, two_answers):
         for row in answers:
@@ -101,10 +96,10 @@ def test_copies_and_answers_to_an_equal_query_are_no_negatives(source, tokenizer
     assert [len(row) for row in different[:4]] == [27, 27, 26, 26], "all others are found"
 
 
-def test_mining_equals_its_plain_twin(source, tokenizer, tmp_path):
+def test_mining_equals_its_plain_twin(source, tokenizer):
     """All scores, sorted. Of rows 0 and 26, whose documents are equal, 0 is the one that counts."""
-    model, config = tiny_model(tokenizer), settings(tmp_path / "out", mined=5, margin=1.0)
-    mined = mine(model, [source], config, RUN)["source"]
+    model, config = tiny_model(tokenizer), settings(mined=5, margin=1.0)
+    mined = mine(model, [source], config)["source"]
     query = model.encode([f"q: {query}" for query, _ in PAIRS], config.query_tokens)
     document = model.encode([f"d: {text}" for _, text in PAIRS], config.document_tokens)
     scores, filled_up = query @ document.T, 0
@@ -125,7 +120,8 @@ def mine_in_chunks_of_4(rank, world, source, model, folder):
         file = f"file://{folder}/store"
         torch.distributed.init_process_group("gloo", file, rank=rank, world_size=world)
     distributed.compute_in_shares.__defaults__ = (4,)
-    mine(model, [source], settings(folder / str(world), mined=5, margin=1.0), RUN)
+    mined = mine(model, [source], settings(mined=5, margin=1.0))["source"]
+    np.save(folder / f"{world}-{rank}.npy", mined)
 
 
 def test_two_processes_mine_what_one_does(source, tokenizer, tmp_path):
@@ -133,33 +129,15 @@ def test_two_processes_mine_what_one_does(source, tokenizer, tmp_path):
     for world in (1, 2):
         arguments = (world, source, tiny_model(tokenizer), tmp_path)
         multiprocessing.start_processes(mine_in_chunks_of_4, arguments, world, start_method="fork")
-    one, two = (np.load(tmp_path / str(world) / "negatives.npz")["of source"] for world in (1, 2))
-    assert np.array_equal(one, two)
+    one, first, second = (np.load(tmp_path / f"{name}.npy") for name in ("1-0", "2-0", "2-1"))
+    assert np.array_equal(one, first) and np.array_equal(one, second)
 
 
 def test_a_query_that_all_documents_answer_is_named(tokenizer, tmp_path):
     pairs = [("the same query", f"text {word}") for word in WORDS[:5]]
     source = write_source(tmp_path / "source", pairs, tokenizer)
     with pytest.raises(InputError, match="of 5 different documents, 5 answer the same query"):
-        mine(tiny_model(tokenizer), [source], settings(tmp_path / "out"), RUN)
-
-
-def test_negatives_of_another_run_and_damaged_ones_are_mined_again_or_refused(
-    source, tokenizer, tmp_path
-):
-    model, config, path = tiny_model(tokenizer), settings(tmp_path), tmp_path / "negatives.npz"
-    later = SimpleNamespace(step=3, settings=RUN.settings)
-    mined = mine(model, [source], config, RUN)["source"]
-    whole = path.read_bytes()
-    assert np.array_equal(mine(model, [source], config, later)["source"], mined)
-    other = tiny_model(tokenizer, hidden_size=32)
-    np.savez(tmp_path / "foreign.npz", source=mined[::-1], settings="{}")
-    foreign = (tmp_path / "foreign.npz").read_bytes()
-    for damaged in (whole[:-40], b"", whole.replace(b"source", b"sauce!"), foreign):
-        path.write_bytes(damaged)
-        with pytest.raises(InputError, match="is missing, damaged or of another run"):
-            mine(other, [source], config, later)
-        assert np.array_equal(mine(model, [source], config, RUN)["source"], mined)
+        mine(tiny_model(tokenizer), [source], settings())
 
 
 def test_negatives_are_drawn_from_those_that_were_mined(source):
@@ -174,28 +152,22 @@ def test_negatives_are_drawn_from_those_that_were_mined(source):
 
 
 def test_a_source_keeps_the_negatives_that_it_brings(tokenizer, tmp_path):
-    """Two each, except row 0, which has none, and gets other rows' documents; never its own, which
-    every second row has."""
-    texts = {
-        "query": WORDS,
-        "document": [word if i % 2 else "the same" for i, word in enumerate(WORDS)],
-        "negative": [word * times for word in WORDS[1:] for times in (2, 3)],
-    }
-    columns = {name: store.encode(tokenizer, column) for name, column in texts.items()}
-    negatives = np.array([0] + [2] * (len(WORDS) - 1))
-    writer = prepare.SourceWriter(tmp_path / "own", PREFIXES, tokenizer)
-    writer.append(columns, [""] * len(WORDS), negatives)
-    writer.finish()
+    """Two each, except row 0, which has none, and gets other rows' documents."""
+    rows = [{"query": word, "document": f"text {word}", "negatives": [word * 2, word * 3]}
+            for word in WORDS]  # fmt: skip
+    rows[0]["negatives"] = []
+    prepare.write_source(tmp_path / "own", rows, PREFIXES, tokenizer)
     source = store.Source(tmp_path / "own", tokenizer)
-    mined = mine(tiny_model(tokenizer), [source], settings(tmp_path / "out"), RUN)
+    mined = mine(tiny_model(tokenizer), [source], settings())
     assert mined == {} and source.negatives(5) == range(8, 10)
-    own = [ids.tolist() for ids in source.texts("negative", source.negatives(5), 64)]
-    (right,) = source.texts("document", [0], 64)
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        assert all(t.tolist() in own for t in choose_negatives(source, mined, 5, 2, 64, rng))
-        random = choose_negatives(source, mined, 0, 3, 64, rng)
-        assert len(random) == 3 and right.tolist() not in [ids.tolist() for ids in random]
+
+    def chosen(row, count):
+        rng = np.random.default_rng(0)
+        return {tuple(text) for text in choose_negatives(source, mined, row, count, 64, rng)}
+
+    assert chosen(5, 2) == {tuple(ids) for ids in source.texts("negative", [8, 9], 64)}
+    documents = {tuple(ids) for ids in source.texts("document", range(len(WORDS)), 64)}
+    assert chosen(0, 3) <= documents and len(chosen(5, 3) & documents) == 1
 
 
 def test_every_negative_counts_in_the_loss():

@@ -44,8 +44,7 @@ def save(path, rows):
 
 def prepare(out, *arguments):
     script.main([*map(str, arguments), f"--out={out}", "--vocab-size=400"])
-    with open(f"{out}/meta.json") as file:
-        return json.load(file)
+    return json.loads(open(f"{out}/meta.json").read())
 
 
 def stored(source):
@@ -67,7 +66,7 @@ def stored(source):
 # What goes in comes out
 
 
-@pytest.mark.parametrize("name", ["faq.jsonl.gz", "faq.jsonl", "faq.parquet"])
+@pytest.mark.parametrize("name", ["faq.jsonl.gz", "faq.parquet"])
 def test_rows_and_their_negatives_come_back_from_disk(name, tmp_path):
     rows, out = pairs(300, negatives=3), tmp_path / "out"
     prepare(out, f"--stage3={save(tmp_path / name, rows)}", "--queries=10")
@@ -86,11 +85,8 @@ def test_copies_of_earlier_rows_are_left_out_and_counted(tmp_path):
     assert len(set(map(str, rows))) == len(rows) == 1480 and 60 < held <= 70
 
 
-LONG = "long " * 50_000
-HEADERS = {"lines.csv": "\ufefftitle,body\n", "long.tsv": "title\tbody\n", "lists.jsonl": "\ufeff"}
 FORMS = {  # file: row i, and the pairs that it gives
     "lines.csv": lambda i: (f'"{i}\ntwo, {i}",{i:09}', [(f"{i}\ntwo, {i}", f"{i:09}", [])]),
-    "long.tsv": lambda i: (f"{i}\t{LONG * (i == 7)}{i}", [(f"{i}", f"{LONG * (i == 7)}{i}", [])]),
     "lists.jsonl": lambda i: (f'["ask {i}", "{i}", "not"]', [(f"ask {i}", f"{i}", ["not"])]),
     "sets.jsonl": lambda i: (f'{{"set": ["1 {i}", "2 {i}", "3"]}}', [(f"1 {i}", f"2 {i}", [])]),
     "several.jsonl": lambda i: (
@@ -98,7 +94,7 @@ FORMS = {  # file: row i, and the pairs that it gives
         [(f"{i}", f"a {i}", ["c"]), (f"{i}", f"b {i}", ["c"])],
     ),
     "string.jsonl": lambda i: (
-        f'{{"title": "{i}", "body": "a\u2028{i}", "no": "c"}}',
+        f'{{"title": "{i}", "body": "a\u2028{i}", "no": "c"}}\n',
         [(f"{i}", f"a\u2028{i}", ["c"])],
     ),
 }
@@ -107,9 +103,10 @@ FORMS = {  # file: row i, and the pairs that it gives
 @pytest.mark.parametrize("name", FORMS)
 def test_other_forms_of_rows_are_read(name, tmp_path):
     rows, expected = zip(*map(FORMS[name], range(40)), strict=True)
-    text, source = HEADERS.get(name, "") + "\n".join(rows) + "\n", name.split(".")[0]
-    (tmp_path / name).write_text(text, encoding="utf-8")
+    header = "\ufefftitle,body\n" if name == "lines.csv" else "\ufeff"
+    (tmp_path / name).write_text(header + "\n".join(rows), encoding="utf-8")
     meta = prepare(tmp_path / "out", tmp_path / name, "--columns=title,body,no")
+    source = name.split(".")[0]
     assert not meta["left out"][f"stage2/{source}"]
     held = set(read_texts(tmp_path / f"out/retrieval/{source}/queries.jsonl").values())
     expected = [pair for pairs in expected for pair in pairs if pair[0] not in held]
@@ -119,16 +116,14 @@ def test_other_forms_of_rows_are_read(name, tmp_path):
 @pytest.mark.parametrize(
     "argument, place, prefixes",
     [
-        ("a:b.jsonl", "a:b.jsonl", ("search_query: ", "search_document: ")),
-        ("C:faq.jsonl:clustering", "C:faq.jsonl", ("clustering: ", "clustering: ")),
-        ("C:faq.jsonl:search_query:none", "C:faq.jsonl", ("search_query: ", "")),
+        ("faq.jsonl", "faq.jsonl", ("search_query: ", "search_document: ")),
+        ("faq.jsonl:search_query:none", "faq.jsonl", ("search_query: ", "")),
         ("owner/name part:clustering", "owner/name part", ("clustering: ", "clustering: ")),
     ],
 )
 def test_prefixes_follow_a_colon(argument, place, prefixes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a:b.jsonl", "C:faq.jsonl"):
-        (tmp_path / name).write_text("{}")
+    (tmp_path / "faq.jsonl").write_text("{}")
     source = script.source_of(argument, 2, ["query", "document"])
     assert source.places == [place] and tuple(source.prefixes.values()) == prefixes
 
@@ -140,11 +135,10 @@ def test_stage_1_reads_the_documents_once_each_or_the_text_that_is_given(tmp_pat
     train = Source(tmp_path / "one/stage1/train", load_tokenizer(tmp_path / "one"))
     texts = [bytes(train.columns["document"][i]) for i in range(len(train))]
     assert len(set(texts)) == len(texts) and 40 <= len(texts) <= 60
-    (tmp_path / "notes.txt").write_text("\n\n".join(sentence(i, 40) for i in range(200)))
-    more = save(tmp_path / "more.jsonl", [{"text": sentence(i, 40)} for i in range(200, 300)])
+    more = save(tmp_path / "more.jsonl", [{"text": sentence(i, 40)} for i in range(300)])
     with open(more, "a") as rows:
         rows.write('{"text": "cut off\n{"text": 3}\n')
-    meta = prepare(tmp_path / "two", file, f"--text={tmp_path}/notes.txt,{more}")
+    meta = prepare(tmp_path / "two", file, f"--text={more}")
     assert meta["left out"]["stage1/train"] == {"not a JSON object": 1, "not text": 1}
     tokenizer = load_tokenizer(tmp_path / "two")
     sizes = [len(Source(tmp_path / f"two/stage1/{s}", tokenizer)) for s in ("train", "dev", "test")]
@@ -166,25 +160,23 @@ def test_limit_takes_the_first_rows_and_the_same_command_does_nothing(tmp_path, 
 # Held-out text, and faults
 
 
-def test_rows_that_repeat_held_out_text_are_removed_and_counted(tmp_path):
-    prepare(tmp_path / "first", save(tmp_path / "a.jsonl", pairs(200)))
-    task = tmp_path / "first/retrieval/a"
+def test_what_is_held_out_here_or_elsewhere_is_in_no_source(tmp_path):
+    """Another source asks the same in other words, a third repeats the documents of a task."""
+    prepare(tmp_path / "first", save(tmp_path / "old.jsonl", pairs(200, start=5000)))
+    task = tmp_path / "first/retrieval/old"
     documents, _, judged, _ = read_task(task, "test")
-    leaked = [documents[name] for answers in judged.values() for name in answers][:3]
-    rows = [{"query": f"new {text[:9]}", "document": f"{text} and more"} for text in leaked]
-    file = save(tmp_path / "b.jsonl", pairs(50, start=900) + rows)
-    meta = prepare(tmp_path / "second", file, f"--held-out={task}", "--queries=0")
-    assert meta["contamination"]["sources"] == {"stage2/b": {"near held-out text": 3}}
-    assert meta["contamination"]["removed"] == 3 and meta["rows"]["stage2/b"] == 50
-
-
-def test_what_one_source_holds_out_is_in_no_other(tmp_path):
-    late = [{**row, "query": f"again {row['query']}"} for row in pairs(200)]
-    files = save(tmp_path / "a.jsonl", pairs(200)), save(tmp_path / "b.jsonl", late)
-    prepare(tmp_path / "out", files[0], f"--stage3={files[1]}")
-    held = set()
-    for task in ("a", "b"):
-        documents, _, judged, _ = read_task(tmp_path / "out/retrieval" / task, "test")
+    held = {documents[name] for answers in judged.values() for name in answers}
+    leaked = [{"query": f"new {text[:9]}", "document": f"{text} and more"} for text in held][:3]
+    again = [{**row, "query": f"again {row['query']}"} for row in pairs(200)]
+    a, b, c = (
+        save(tmp_path / f"{name}.jsonl", rows)
+        for name, rows in (("a", pairs(200)), ("b", again), ("c", pairs(9, start=900) + leaked))
+    )
+    meta = prepare(tmp_path / "out", a, c, f"--stage3={b}", f"--held-out={task}")
+    found = meta["contamination"]["sources"]
+    assert found["stage2/c"] == {"near held-out text": 3} and meta["rows"]["stage2/c"] == 9
+    for name in ("a", "b"):
+        documents, _, judged, _ = read_task(tmp_path / "out/retrieval" / name, "test")
         held |= {documents[name] for answers in judged.values() for name in answers}
     for source in ("stage2/a", "stage3/b"):
         rows = stored(tmp_path / "out" / source)
@@ -211,30 +203,25 @@ def test_faulty_rows_are_counted_by_reason_and_the_first_is_shown(tmp_path, caps
     reasons = list(FAULTS.values())
     assert meta["left out"]["stage2/a"] == {reason: reasons.count(reason) for reason in reasons}
     assert meta["rows"]["stage2/a"] == 50
-    assert "a: 3 not a JSON object, the first in row 51: {" in capsys.readouterr().out
+    assert "left out: 3 not a JSON object, the first in row 51: {" in capsys.readouterr().out
 
 
 COMMANDS = [
     (["cut.jsonl.gz"], r"cut\.jsonl\.gz cannot be read"),
     (["latin.jsonl"], r"latin\.jsonl cannot be read.*utf-8"),
     (["damaged.parquet"], r"damaged\.parquet cannot be read"),
-    (["other.jsonl"], 'other: no query in row 1: {"question".*--columns= names columns'),
+    (["other.jsonl"], "other: no query in row 1: .*; its columns should be query, document, neg"),
+    (["commas.csv"], "commas: more fields than the header in row 1"),
     (["blank.jsonl"], "blank: no rows"),
-    (["nothing.csv"], "nothing: no rows"),
-    (["array.json"], "array: an array of objects, where each object needs a line of its own in"),
-    (["empty"], "empty: no .jsonl, .csv, .tsv or .parquet file"),
+    (["empty"], "empty: no .jsonl, .csv or .parquet file"),
     (["missing.jsonl"], r"missing\.jsonl: no .jsonl"),
-    (["good.jsonl", "old/good.jsonl"], "two sources are called good"),
-    (["good.jsonl", "--stage3=good.jsonl"], "two sources are called good"),
+    (["good.jsonl", "--stage3=good.jsonl"], "two sources have one name, rename a file: good"),
     (["good.jsonl", "--columns=a"], "--columns=a: give two names"),
-    (["good.jsonl:"], "good.jsonl:: give FILE, FILE:PREFIX or"),
     (["good.jsonl:a:b:c"], "good.jsonl:a:b:c: give FILE, FILE:PREFIX or"),
-    (["good.jsonl", "--text=good.jsonl"], '--text: no text in row 1.*its column is "text"'),
+    (["good.jsonl", "--text=other.jsonl"], "--text: no text in row 1"),
     (["good.jsonl", "--held-out=nowhere"], "nowhere/corpus.jsonl cannot be read"),
     ([], "no sources"),
-    (["good.jsonl", "--paper"], "good.jsonl and --paper: give files, or --paper"),
-    (["--paper", "--sources=squat"], "squat is not in the table"),
-    (["--paper", "--sources=s2orc-abstract-body"], "no sources"),
+    (["--paper", "--sources=squat"], "squat is not in data/paper.tsv"),
 ]
 
 
@@ -247,11 +234,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, argumen
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and then nothing")
     save(tmp_path / "other.jsonl", [{"question": "a", "answer": "b"}] * 30)
     save(tmp_path / "good.jsonl", pairs(30))
-    save(tmp_path / "old/good.jsonl", pairs(30))
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.jsonl").write_text("\n\n")
-    (tmp_path / "nothing.csv").write_text("")
-    (tmp_path / "array.json").write_text(json.dumps(pairs(3)))
+    (tmp_path / "commas.csv").write_text("query,document\na question,an answer, with a comma\n")
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(InputError, match=reason):
         prepare("out", *arguments)
@@ -262,18 +247,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, argumen
 # The paper's data
 
 
-def test_the_table_is_that_of_the_paper(capsys):
+def test_the_table_is_that_of_the_paper():
     table = script.paper_table()
     counts = {n: [int(r["pairs"]) for r in table if r["stage"] == str(n)] for n in (1, 2, 3)}
     assert len(counts[2]) == 29 and sum(counts[2]) == 234_553_344
     assert len(counts[3]) == 10 and sum(counts[3]) == 1_692_672
     assert all(count % 16_384 == 0 for count in counts[2]), "rounded to whole batches"
-    assert all(count % 256 == 0 for count in counts[3])
     assert len({row["name"] for row in table}) == 41
     tasks = [row["prefix"].split("_")[0] for row in table if row["stage"] == "2"]
     assert [tasks.count(t) for t in ("clustering", "classification", "search")] == [9, 12, 8]
-    script.main(["--paper", "--list"])
-    assert capsys.readouterr().out.count("\n") == 41
 
 
 def test_shards_parquet_and_text_become_one_data_folder(tmp_path):
