@@ -50,7 +50,7 @@ def main(arguments):
         ours = NomicBert.from_pretrained(folder, device=device)
         kwargs = {"device": str(device), "model_kwargs": {"dtype": ours.dtype}}
         theirs = SentenceTransformer(folder, **kwargs)
-    shared.print_machine(device, ours.dtype, shared.count_parameters(model))
+    shared.print_machine(device, ours.dtype)
     shared.print_head("texts", "", "tokens/s", "GFLOP/s", "share", "time / ours", "smallest cosine")
 
     mix = shared.natural_mix(options.texts, rng)

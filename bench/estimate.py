@@ -3,7 +3,6 @@
     python bench/estimate.py mlm --preset=paper
     python bench/estimate.py contrastive --preset=paper --gpus=16 --batch-size=65536
     python bench/estimate.py finetune --data=out/pydocs
-    python bench/estimate.py filter        # consistency filtering of the paper's pairs
 
 Any option of the stage may be given. Without the data in --data, lengths of texts are assumed.
 Operations are the useful ones (model.training_flops); hours include GradCache's second forward
@@ -28,8 +27,6 @@ from common.options import InputError, cli, read_options, split_words
 from data.store import open_sources
 
 SHARE = 0.4  # of the data sheet's peak; an H100 reached .45 in stage 1, .38 in 2 (docs/speed.md)
-PAIRS, BLOCK = 470_000_000, 1_000_000  # to filter; compared with one another (sec. 4.2.1)
-LAYERS, SIZE, WEIGHTS = 12, 768, 85e6  # of the judge, gte-base: weights of its layers, of 110 M
 
 
 @dataclass
@@ -79,7 +76,7 @@ def step_of(stage, config):
     return shape, texts, tokens, flops
 
 
-def estimate_stage(stage, config, worlds):
+def estimate(stage, config, worlds):
     """worlds (2,): the GPUs of each column. Returns title -> one or two numbers, and the operations
     of the whole run (2,)."""
     shape, texts, tokens, flops = step_of(stage, config)
@@ -112,31 +109,16 @@ def estimate_stage(stage, config, worlds):
     return rows, steps * flops * np.where(split & (stage != "mlm"), 4 / 3, 1)
 
 
-def estimate_filter(config):
-    """Each text passes the judge once; each query is compared with all documents of its block."""
-    lengths = sampled_lengths("filter", config).values()
-    tokens = sum(values.mean() for values in lengths)
-    squares = sum((values**2).mean() for values in lengths)
-    embed = PAIRS * (2 * WEIGHTS * tokens + 4 * LAYERS * SIZE * squares)
-    compare = PAIRS * 2 * BLOCK * SIZE
-    rows = {"tokens, a pair": tokens, f"tokens, {PAIRS:,} pairs": PAIRS * tokens}
-    rows["operations to embed them"] = embed
-    rows[f"operations to compare them in blocks of {BLOCK:,}"] = compare
-    return rows, embed + compare
-
-
 def main(arguments):
     words, arguments = split_words(arguments)
     own, others = split_options(Options, arguments)
     options, _ = read_options(Options, own)
-    if len(words) != 1 or words[0] not in (*STAGES, "filter"):
-        raise InputError(f"give one of {', '.join(STAGES)}, filter")
+    if len(words) != 1 or words[0] not in STAGES:
+        raise InputError(f"give one of {', '.join(STAGES)}")
     (name,), worlds = words, np.array([1, options.gpus])
-    stage, paper = STAGES.get(name, STAGES["contrastive"]), ["--preset=paper"] * (name == "filter")
-    config, _ = read_options(stage.Config, [*paper, *others], stage.PRESETS)
+    config, _ = read_options(STAGES[name].Config, others, STAGES[name].PRESETS)
     print_head(f"{name}, preset {config.preset}", "1 GPU", f"{options.gpus} GPUs")
-    is_filter = name == "filter"
-    rows, flops = estimate_filter(config) if is_filter else estimate_stage(name, config, worlds)
+    rows, flops = estimate(name, config, worlds)
     for title, values in rows.items():
         values = np.broadcast_to(values, 2)
         print_row(title, *(f"{n:,.0f}" if n < 1e9 else f"{n:.2e}" for n in values))

@@ -5,7 +5,6 @@
 # docs/gpu.md.
 #
 #     bash bench/gpu.sh                    # needs a GPU, and requirements-dev.txt installed
-#     bash bench/gpu.sh --hour=SOURCES     # and the paper in miniature (bench/experiments.py)
 #     bash bench/gpu.sh --dry-run          # the same with tiny sizes on any machine; only prints
 #
 # A command that fails is reported, and the next one runs.
@@ -55,7 +54,4 @@ run "Training steps" "--preset=paper --texts=512 --tries=8,32 --compile" \
     "--texts=8 --tries=8 --rounds=1" bench/train.py "--data=$DATA"
 run "Memory of a contrastive step" "--preset=paper --batches=1024,16384 --longest=1024" \
     "--batches=8 --source=halves" bench/memory.py "--data=$DATA"
-case "${1:-}" in --hour=*)
-    run "The paper in miniature" "" "" bench/experiments.py miniature "${1#--hour=}" --size=gpu ;;
-esac
 exit $FAILED

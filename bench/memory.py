@@ -11,14 +11,16 @@ peak of a process of its own, on a GPU where there is one, less what it had befo
 import os
 import resource
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.shared import print_head, print_machine, print_row, run_in_process, whole_numbers
+from bench.shared import print_head, print_machine, print_row
 from common.device import best_device, fast_dtype
 from common.files import load_tokenizer
 from common.options import cli, read_options
@@ -71,17 +73,22 @@ def step(pairs, cached, options):
     return sum(map(len, texts)), peak_memory() - before, 16 * pairs * config.hidden_size / 2**20
 
 
+def measure(pairs, cached, options):
+    """step() in a process of its own, so that its peak of memory is its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        return executor.submit(step, pairs, cached, options).result()
+
+
 def main(arguments):
     options, _ = read_options(Options, arguments)
     # freed memory goes back to the system at once, instead of staying with glibc in pieces
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     print_machine(best_device(), f"preset {options.preset}")
     print_head("pairs", "tokens", "GradCache, MiB", "of it embeddings, MiB", "without, MiB")
-    for pairs in whole_numbers(options.batches, "batches"):
-        tokens, *cached = run_in_process(step, pairs, True, options)
-        plain = run_in_process(step, pairs, False, options)[1:2] if pairs <= options.longest else ()
-        sizes = [f"{size:,.0f}" for size in (*cached, *plain)]
-        print_row(f"{pairs:,}", f"{tokens:,}", *sizes, *[""] * (3 - len(sizes)))
+    for pairs in map(int, options.batches.split(",")):
+        tokens, cached, embeddings = measure(pairs, True, options)
+        plain = f"{measure(pairs, False, options)[1]:,.0f}" if pairs <= options.longest else ""
+        print_row(f"{pairs:,}", f"{tokens:,}", f"{cached:,.0f}", f"{embeddings:,.0f}", plain)
 
 
 if __name__ == "__main__":

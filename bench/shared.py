@@ -1,24 +1,21 @@
 """What several benches share: tables, timing, texts of a natural mix of lengths, matrix rate."""
 
 import contextlib
+import json
 import math
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.device import best_device, device_name
-from common.files import read_json, write_json
-from common.options import InputError
+from common.device import device_name
+from common.files import write_text
 from data.store import Source
-from evaluate import Retrieval
-from model import ModelConfig, NomicBert
+from model import ModelConfig
 
 
 def print_row(*cells):
@@ -35,46 +32,12 @@ def print_machine(device, *more):
     print(", ".join(map(str, [f"torch {torch.__version__}", device_name(device), *more])) + "\n")
 
 
-def count_parameters(model):
-    return f"{sum(p.numel() for p in model.parameters()):,} parameters"
-
-
 def keep(path, work):
     """What work() returns, kept in a JSON file: a bench that is started again goes on, and several
-    of them may share a folder."""
+    may share a folder."""
     if not path.is_file():
-        value = work()
-        try:
-            write_json(path, value)
-        except InputError:
-            if not path.is_file():  # it is there if another process wrote it at this moment
-                raise
-    return read_json(path)
-
-
-def train_and_score(stage, options, name, data, *settings):
-    """Trains a stage on `data` with each of options.seeds. Returns task -> nDCG@10 of each test
-    query of options.data, in the mean over seeds. Each run's scores stay in options.out."""
-
-    def run(out, seed):
-        given = [f"--data={data}", f"--out={out}", f"--seed={seed}", "--eval-every=0"]
-        stage.main([*given, *settings, *options.options.split()])
-        model = NomicBert.from_pretrained(out, device=best_device())
-        tasks, length = Retrieval.open_all(options.data, "test"), model.config.trained_length
-        return {task.name: task.scores(task.rank(model, length))["nDCG@10"] for task in tasks}
-
-    runs = []
-    for seed in options.seeds.split(","):
-        out, path = (Path(options.out, x) for x in (f"{name}-{seed}", f"scores/{name}-{seed}.json"))
-        runs.append(keep(path, lambda out=out, seed=seed: run(out, seed)))
-    return {task: np.mean([run[task] for run in runs], axis=0) for task in runs[0]}
-
-
-def whole_numbers(text, option):
-    """ "2,4" -> [2, 4]. Raises InputError for anything else."""
-    if not all(map(str.isdecimal, text.split(","))):
-        raise InputError(f"--{option}={text}: give whole numbers with commas between them")
-    return list(map(int, text.split(",")))
+        write_text(path, json.dumps(work()))
+    return json.loads(path.read_text())
 
 
 def split_options(options_class, arguments):
@@ -114,12 +77,6 @@ def fastest(works):
             work()  # warms up
             taken[name] = seconds_of(work)
     return min(taken, key=taken.get)
-
-
-def run_in_process(function, *arguments):
-    """function(*arguments) in a process of its own, so that its peak of memory is its own."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
-        return executor.submit(function, *arguments).result()
 
 
 def natural_mix(n, rng):

@@ -163,7 +163,7 @@ def main(arguments):
     queries = shared.pieces_of_text(options.data, tokenizer, short, rng)
     pairs, by_length = list(zip(queries, texts, strict=True)), sorted(texts, key=len, reverse=True)
     lengths = f"texts of {np.median(mix):.0f} tokens in the median, {mix.max():,} at most"
-    shared.print_machine(device, fast, shared.count_parameters(model.bert), lengths)
+    shared.print_machine(device, fast, lengths)
     shared.print_head("step", "", "first loss", "tokens/s", "texts/s", "time / ours")
 
     tasks = {  # texts, sorted texts, tokens, ours, theirs
