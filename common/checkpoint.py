@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common.files import load_tokenizer, read_json, read_lines, write_json, write_whole
+from common.files import load_tokenizer, read_json, write_json, write_whole
 from common.options import InputError
 
 MAX_TOKENS = 8192  # `encode` and SentenceTransformer truncate texts there (sec. 5.2.4)
@@ -59,16 +59,9 @@ REQUIRED = {  # other models of this type have other values, which model.py does
     "activation_function": "swiglu",
     "hidden_act": "silu",
     "prenorm": False,
-    "use_rms_norm": False,
     "causal": False,
-    "parallel_block": False,
-    "qkv_proj_bias": False,
-    "mlp_fc1_bias": False,
-    "mlp_fc2_bias": False,
-    "moe_every_n_layers": 0,
     "rotary_emb_fraction": 1.0,
     "rotary_emb_interleaved": False,
-    "rotary_emb_scale_base": None,
 }
 ROPE_TYPES = {"default": "none", "linear": "linear", "dynamic": "dynamic"}  # config.json's -> ours
 
@@ -78,56 +71,39 @@ def read_config(directory):
     path = directory / "config.json"
     config = read_json(path)
 
-    def number(kind, *names, values=config):
-        name = next((name for name in names if values.get(name) is not None), names[0])
-        value = values.get(name)
-        no_layers = value == 0 and name in NAMES["num_hidden_layers"]  # word vectors alone
-        if type(value) not in (int, kind) or not (0 < value < 1e9 or no_layers):
-            raise InputError(f"{path}: {name} is {repr(value)[:60]}, not a number from 0 to 1e9")
+    def number(names, values=config):
+        value = next((values[name] for name in names if name in values), None)
+        if not isinstance(value, (int, float)):
+            raise InputError(f"{path}: {names[0]} is {value!r}, not a number")
         return value
 
-    if config.get("model_type") != "nomic_bert":
-        raise InputError(f"{path}: model_type is {config.get('model_type')!r}, not 'nomic_bert'")
-    for name, value in REQUIRED.items():
-        if name in config and (config[name] or None) != (value or None):
+    for name, value in {"model_type": "nomic_bert", **REQUIRED}.items():
+        if config.get(name, value) != value:
             raise InputError(f"{path}: {name} is {config[name]!r}; this model has {value!r} only")
-    if config.get("n_inner", 0) is None:
-        config["n_inner"] = 4 * number(int, "n_embd")  # GPT-2's default
-    values = {
-        ours: number(float if ours == "layer_norm_eps" else int, *names)
-        for ours, names in NAMES.items()
-    }
-    if config.get("pad_vocab_size_multiple"):
-        multiple = number(int, "pad_vocab_size_multiple")
-        values["vocab_size"] = -(-values["vocab_size"] // multiple) * multiple
-    hidden_size, heads = values["hidden_size"], values["num_attention_heads"]
-    too_small = hidden_size % (2 * heads) or hidden_size < 4 * heads
-    if too_small or config.get("head_dim") not in (None, hidden_size // heads):
-        raise InputError(f"{path}: hidden_size {hidden_size} does not make {heads} even heads")
-
+    values = {ours: number(names) for ours, names in NAMES.items()}
     rope = config.get("rope_parameters")
     if not rope:  # the published dialect: a factor means Dynamic NTK
-        rope = {"rope_theta": config.get("rotary_emb_base", 1000.0), "rope_type": "default"}
-        if config.get("rotary_scaling_factor"):
-            rope |= {"rope_type": "dynamic", "factor": config["rotary_scaling_factor"]}
-    kind = isinstance(rope, dict) and rope.get("rope_type")
-    if str(kind) not in ROPE_TYPES:
+        factor = config.get("rotary_scaling_factor")
+        rope = {"rope_type": "dynamic" if factor else "default", "factor": factor}
+        rope["rope_theta"] = config.get("rotary_emb_base", 1000.0)
+    kind = rope.get("rope_type")
+    if kind not in ROPE_TYPES:
         raise InputError(f"{path}: rope_type is {kind!r}; known are {', '.join(ROPE_TYPES)}")
     values["rope_scaling"] = ROPE_TYPES[kind]
-    values["rope_base"] = float(number(float, "rope_theta", values=rope))
+    values["rope_base"] = float(number(["rope_theta"], rope))
     if kind != "default":
-        values["rope_factor"] = float(number(float, "factor", values=rope))
-    if "rotary_emb_base" in config and not config.get("max_trained_positions"):
-        # n_positions (8,192) is how long texts may be; v1 does not say how long training texts were
-        config["max_trained_positions"] = 2048
-    names = ("max_trained_positions", "max_position_embeddings")
-    return values | {"trained_length": number(int, *names)}
+        values["rope_factor"] = float(number(["factor"], rope))
+    if "rotary_emb_base" in config:  # the published dialect; v1 does not say how it was trained
+        values["trained_length"] = config.get("max_trained_positions", 2048)
+    else:
+        values["trained_length"] = number(["max_position_embeddings"])
+    return values
 
 
 # ------------------------------------------------------------------------------------------------
 # model.safetensors
 
-PREFIX = r"^(bert|nomic_bert|trunk)\."  # published with head, transformers with head, in training
+PREFIX = r"^(bert|nomic_bert)\."  # of the encoder beside a head: published, transformers'
 RENAMED = {  # transformers' names inside its modules -> the published ones, which are ours
     r"^layers\.": "encoder.layers.",
     r"^embeddings\.LayerNorm\.": "emb_ln.",
@@ -137,9 +113,8 @@ RENAMED = {  # transformers' names inside its modules -> the published ones, whi
     r"\.mlp\.down_proj\.": ".mlp.fc2.",
     r"\.post_attention_layernorm\.": ".norm1.",
     r"\.post_mlp_layernorm\.": ".norm2.",
-    r"^cls\.predictions\.bias$": "cls.predictions.decoder.bias",
 }
-UNUSED = r"(^|\.)(inv_freq|original_inv_freq|position_ids|token_type_ids)$|^pooler\."
+UNUSED = r"^pooler\.|inv_freq$"
 
 
 def read_weights(directory):
@@ -148,11 +123,10 @@ def read_weights(directory):
     Weights are in PyTorch's default type: float32. Raises InputError for a damaged file, a pickle
     instead of safetensors, and weights that are not finite."""
     path = directory / "model.safetensors"
-    pickles = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-    if not path.is_file() and pickles:
+    if not path.is_file():
         raise InputError(
-            f"{directory} has {pickles[0]} and no model.safetensors: opening a pickle would run "
-            "the program in it; look for the model in safetensors"
+            f"{path} is missing; a pickle (.bin, .pt) is not opened, since that would run the "
+            "program in it"
         )
     try:
         stored = load_file(path)
@@ -163,42 +137,38 @@ def read_weights(directory):
         name = re.sub(PREFIX, "", name)
         for pattern, ours in RENAMED.items():
             name = re.sub(pattern, ours, name)
-        if re.search(UNUSED, name):
-            continue
-        if name in weights:
-            raise InputError(f"{path}: {name} is there twice, with and without a prefix")
         if not weight.is_floating_point() or not weight.isfinite().all():
             raise InputError(f"{path}: {name} is {weight.dtype} and has to be finite floats")
-        weights[name] = weight.to(torch.get_default_dtype(), copy=True)  # memory of its own
+        if not re.search(UNUSED, name):
+            weights[name] = weight.to(torch.get_default_dtype(), copy=True)  # memory of its own
     for name in [name for name in weights if ".self_attn.q_proj." in name]:
-        parts = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
-        if missing := [part for part in parts if part not in weights]:
-            raise InputError(f"{path}: {missing[0]} is missing")
-        fused = name.replace("self_attn.q_proj", "attn.Wqkv")
-        weights[fused] = torch.cat([weights.pop(part) for part in parts])
+        parts = [weights.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
+        weights[name.replace("self_attn.q_proj", "attn.Wqkv")] = torch.cat(parts)
     return weights
 
 
 def check_weights(expected, weights, directory):
     """Raises InputError unless `weights` has the names and shapes of `expected` (a state_dict)."""
-    path = directory / "model.safetensors"
     for name in {**expected, **weights}:
         found, wanted = (
             tuple(tensors[name].shape) if name in tensors else "missing"
             for tensors in (weights, expected)
         )
         if found != wanted:
+            path = directory / "model.safetensors"
             raise InputError(f"{path}: {name} is {found}, config.json asks for {wanted}")
 
 
-def read_head(head, config, weights, directory):
-    """The weights of the MLM head, ready to load. Biases of zeros are the same as none."""
+def read_head(head, weights, directory):
+    """The weights of the MLM head, ready to load. transformers' head has biases: zeros are dropped.
+
+    Raises InputError for a missing head, other biases, and a last matrix that is not tied."""
     if not head:
         raise InputError(f"{directory} has no MLM head: it is not a checkpoint of stage 1")
-    biases = [name for name in head if name.endswith(("dense.bias", "decoder.bias"))]
-    config.mlm_head_bias = any(head[name].any() for name in biases)
-    if not config.mlm_head_bias:
-        head = {name: weight for name, weight in head.items() if name not in biases}
+    ends = ("dense.bias", "decoder.bias", "predictions.bias")
+    biases = [name for name in head if name.endswith(ends)]
+    if any([head.pop(name).any() for name in biases]):
+        raise InputError(f"{directory}: its MLM head has biases, and that of this model has none")
     words = weights.get("bert.embeddings.word_embeddings.weight")
     tied = head.setdefault("cls.predictions.decoder.weight", words)
     if words is None or not torch.equal(tied, words):
@@ -225,17 +195,17 @@ def read_tokenizer(directory, vocab_size):
 
 
 def has_layer_norm(directory):
-    """Whether modules.json has a LayerNorm before the unit length (nomic-embed-text-v1.5).
+    """Whether modules.json has a LayerNorm before the unit length.
 
-    Raises InputError where texts are pooled in another way than by the mean of all their tokens."""
+    Raises InputError where texts are pooled in another way than by the mean of their tokens."""
     path = directory / "1_Pooling" / "config.json"
     pooling = read_json(path) if path.is_file() else {}
-    modes = {mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on}
-    modes.add(str(pooling.get("pooling_mode", "mean")))
-    if modes - {"mean", "pooling_mode_mean_tokens"} or pooling.get("include_prompt") is False:
+    modes = {name for name, on in pooling.items() if name.startswith("pooling_mode_") and on}
+    modes.add(pooling.get("pooling_mode", "mean"))
+    if modes - {"mean", "pooling_mode_mean_tokens"}:
         raise InputError(f"{path}: {pooling}; this model takes the mean of all tokens")
     path = directory / "modules.json"
-    return path.is_file() and any("LayerNorm" in line for _, line in read_lines(path))
+    return path.is_file() and "LayerNorm" in path.read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -252,6 +222,7 @@ def write_checkpoint(directory, config, weights, tokenizer, layer_norm, architec
     rope["rope_type"] = {v: k for k, v in ROPE_TYPES.items()}[config["rope_scaling"]]
     if config["rope_scaling"] != "none":
         rope["factor"] = config["rope_factor"]
+    modules = ["Transformer", "Pooling", *["LayerNorm"] * layer_norm, "Normalize"]
     files = {
         "config.json": {
             "model_type": "nomic_bert",
@@ -261,22 +232,18 @@ def write_checkpoint(directory, config, weights, tokenizer, layer_norm, architec
             "rope_parameters": rope,
             "hidden_act": "silu",
             "pad_token_id": 0,
-            "dtype": "float32",
-        }
-    }
-    modules = ["Transformer", "Pooling", *["LayerNorm"] * layer_norm, "Normalize"]
-    files["modules.json"] = [
-        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else ""}
-        | {"type": f"sentence_transformers.models.{name}"}
-        for i, name in enumerate(modules)
-    ]
-    pooling = {"word_embedding_dimension": hidden_size, "pooling_mode_mean_tokens": True}
-    files["1_Pooling/config.json"] = pooling
-    files["sentence_bert_config.json"] = {"max_seq_length": MAX_TOKENS, "do_lower_case": False}
-    files["config_sentence_transformers.json"] = {
-        "prompts": prompts,
-        "default_prompt_name": None,
-        "similarity_fn_name": "cosine",
+        },
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else ""}
+            | {"type": f"sentence_transformers.models.{name}"}
+            for i, name in enumerate(modules)
+        ],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": hidden_size,
+            "pooling_mode_mean_tokens": True,
+        },
+        "sentence_bert_config.json": {"max_seq_length": MAX_TOKENS},
+        "config_sentence_transformers.json": {"prompts": prompts},
     }
     if tokenizer:
         write_whole(directory / "tokenizer.json", lambda path: tokenizer.save(str(path)))
@@ -292,11 +259,10 @@ def write_checkpoint(directory, config, weights, tokenizer, layer_norm, architec
         write_json(directory / name, content)
     stored = {}
     for name, weight in weights.items():
-        name = re.sub(r"^bert\.", "nomic_bert.", name)
-        name = name.replace("predictions.decoder.bias", "predictions.bias")
-        stored[name] = weight.detach().to("cpu", torch.float32).contiguous()
+        weight = weight.detach().to("cpu", torch.float32).contiguous()
+        stored[re.sub(r"^bert\.", "nomic_bert.", name)] = weight
     if stored.pop("cls.predictions.decoder.weight", None) is not None:  # tied: stored once
-        stored.setdefault("cls.predictions.transform.dense.bias", torch.zeros(hidden_size))
-        stored.setdefault("cls.predictions.bias", torch.zeros(config["vocab_size"]))
+        stored["cls.predictions.transform.dense.bias"] = torch.zeros(hidden_size)
+        stored["cls.predictions.bias"] = torch.zeros(config["vocab_size"])
     path = directory / "model.safetensors"
     write_whole(path, lambda temporary: save_file(stored, temporary, {"format": "pt"}))

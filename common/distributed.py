@@ -27,11 +27,9 @@ def start(batch_size):
     """Joins the processes that torchrun started. Returns (rank, world size, device).
 
     Raises InputError where the global batch does not divide among the processes."""
-    if "RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:  # torchrun sets it
         return 0, 1, best_device()
     names = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if missing := [name for name in names if name not in os.environ]:
-        raise InputError(f"RANK is set and {missing[0]} is not: start with torchrun, or unset RANK")
     world, local, local_world = (int(os.environ[name]) for name in names)
     if batch_size % world:
         raise InputError(f"--batch-size={batch_size} does not divide by {world} processes")
@@ -69,11 +67,6 @@ def print_once(*values):
         print(*values, flush=True)
 
 
-def wait_for_all():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def gather_objects(value):
     """The value of every process, in the order of their ranks."""
     if not dist.is_initialized():
@@ -84,12 +77,12 @@ def gather_objects(value):
 
 
 def call_everywhere(function):
-    """function() in every process. An InputError in one process is raised in all of them, so that
-    none waits for another that has left."""
+    """function() in every process. An error of one process is raised in all of them, as InputError,
+    so that none waits for another that has left."""
     result = error = None
     try:
         result = function()
-    except InputError as failure:
+    except (InputError, OSError) as failure:
         error = str(failure)
     for rank, message in enumerate(gather_objects(error)):
         if message:

@@ -34,26 +34,18 @@ def cli(main):
             main(sys.argv[1:])
         finally:
             sys.stdout.flush()
-    except InputError as error:
-        code, message = 2, f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; give the same command again"
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         code = 1
-    except OSError as error:  # a full disk, a missing permission
-        code = 2
-        message = f"{Path(sys.argv[0]).name}: {error.filename or 'output'}: {error.strerror}"
+    except (InputError, OSError) as error:  # OSError: a full disk, a missing permission
+        code, message = 2, f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}"
     if message and os.environ.get("RANK", "0") == "0":  # only one of several processes prints it
-        print(message, file=sys.stderr)
-    if code == 0 and "RANK" not in os.environ:
-        return
-    if code:  # what is left in the buffer cannot be written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(code)
-    # One of several processes ends here without Python's usual cleanup: a gloo thread that releases
-    # a tensor after the interpreter is gone would abort the process (torch 2.13).
-    sys.stderr.flush()
-    os._exit(0)
+        print(message, file=sys.stderr, flush=True)
+    if code or "RANK" in os.environ:
+        # Without Python's usual cleanup, which would write the rest of stdout again, and in which a
+        # gloo thread that still releases a tensor would abort the process (torch 2.13).
+        os._exit(code)
 
 
 def split_words(arguments):
@@ -62,19 +54,15 @@ def split_words(arguments):
     return words, [argument for argument in arguments if argument.startswith("-")]
 
 
-def help_texts(config_class):
-    """field name -> the comment behind the field."""
-    return dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(config_class), re.M))
-
-
 def read_options(config_class, arguments, presets=None):
     """(config, origin): all values, and for each "default", "preset NAME" or "option".
 
     Options are written --key=value, with - or _ within the key; --key alone sets a bool. --help
     prints all of them and exits. Raises InputError for an unknown key and a value of the wrong type
     or out of range."""
-    types, texts = {f.name: f.type for f in fields(config_class)}, help_texts(config_class)
-    given = {}
+    types, given = {f.name: f.type for f in fields(config_class)}, {}
+    source = inspect.getsource(config_class)
+    texts = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", source, re.M))
     for argument in arguments:
         if argument in ("-h", "--help"):
             print_help(config_class, texts, presets or {})
@@ -102,26 +90,22 @@ def read_options(config_class, arguments, presets=None):
 def parse(key, text, kind, help_text):
     """The value of an option. A whole number may be written 1e3."""
     if kind is bool:
-        known = {None: True, "true": True, "1": True, "false": False, "0": False}
-        if text not in known:
+        if text not in (None, "true", "false"):
             raise InputError(f"--{key}={text}: give true or false")
-        return known[text]
+        return text != "false"
     if text is None:
         raise InputError(f"--{key} needs a value: --{key}=...")
     if kind is str:
         return text
-    number = "whole number" if kind is int else "number"
     low, high = range_of(kind, help_text)
     try:
         value = Decimal(text)
-        inside = low <= value <= high
-        whole = inside and (kind is float or value == int(value))
+        valid = low <= value <= high and (kind is float or value == int(value))
     except ArithmeticError:  # not a number, or nan
-        raise InputError(f"--{key}={text}: not a {number}") from None
-    if not inside:
+        valid = False
+    if not valid:
+        number = "whole number" if kind is int else "number"
         raise InputError(f"--{key}={text}: give a {number} from {low:,g} to {high:,g}")
-    if not whole:
-        raise InputError(f"--{key}={text}: not a whole number")
     return kind(value)
 
 

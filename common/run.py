@@ -5,12 +5,12 @@ OUT holds
 
     config.json, model.safetensors, tokenizer.json, ...   the model (common/checkpoint.py)
     state.pt                                              weights, optimizer, step: to continue from
-    run.json                                              options, data, versions
+    run.json                                              options, and what the run prints first
     log.jsonl                                             an object per logged step
 
 Each file is replaced as a whole, and state.pt has all that continuing needs, so that it never has
-to match another file. The same command continues a run that was interrupted, and reports one that
-is finished. A run with other settings needs another OUT: no run is ever overwritten.
+to match another file. The same command continues an interrupted run. A run with other settings
+needs another OUT: no run is ever overwritten.
 """
 
 import json
@@ -34,7 +34,6 @@ from common.distributed import (
     print_once,
     rank_and_world,
     sum_over_processes,
-    wait_for_all,
 )
 from common.files import fingerprint, read_json, write_json, write_whole
 from common.options import InputError
@@ -70,49 +69,37 @@ class Run:
 
     def claim(self):
         # a continued run has to read the same data, and to have begun with the same weights
-        path = Path(self.config.data, "meta.json")
-        self.data, self.settings["data"] = read_json(path), fingerprint(path)
-        if self.settings.get("init"):
-            weights = Path(self.config.init, "model.safetensors")
-            self.settings["init"] = fingerprint(weights) if weights.is_file() else self.config.init
-        try:
-            names = {path.name for path in self.out.iterdir()} if self.out.exists() else set()
-        except OSError as error:
-            raise InputError(f"--out={self.out}: {error.strerror}") from None
-        names = {name for name in names if not name.endswith(".nanoembed.tmp")}  # of a kill
-        begun = read_json(self.out / "run.json").get("stage") if "run.json" in names else None
-        if begun != self.stage and not names <= {"log.jsonl"}:
+        self.settings["data"] = fingerprint(Path(self.config.data, "meta.json"))
+        if self.settings.get("init") and Path(self.config.init).is_dir():
+            self.settings["init"] = fingerprint(Path(self.config.init, "model.safetensors"))
+        names = {path.name for path in self.out.glob("*") if path.suffix != ".tmp"}  # of a kill
+        begun = "run.json" in names and read_json(self.out / "run.json").get("stage")
+        if begun != self.stage and names - {"log.jsonl"}:
             raise InputError(
                 f"{self.out} holds something other than a run of {self.stage}.py: choose another "
                 "--out"
             )
-        path = self.out / "state.pt"
+        path, log = self.out / "state.pt", self.out / "log.jsonl"
         if not path.is_file():
             if self.config.resume:
                 raise InputError(f"--resume: there is no {path}; without --resume a new run begins")
-            log = self.out / "log.jsonl"
-            if "model.safetensors" in names and not (log.is_file() and log.stat().st_size == 0):
+            if log.is_file() and log.stat().st_size:
                 raise InputError(
-                    f"{self.out} has a trained model and no state.pt to continue from: choose "
-                    "another --out"
+                    f"{self.out} has a log and no state.pt to continue from: choose another --out"
                 )
             return
         try:
             self.state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-            before, self.step = dict(self.state["settings"]), self.state["step"]
-            if not isinstance(self.step, int) or self.step < 0:
-                raise ValueError(f"step {self.step}")
+            before, self.step = self.state["settings"], self.state["step"]
         except Exception as error:  # a damaged file raises many types
             raise InputError(
                 f"{path} is damaged ({type(error).__name__}): remove {self.out} to begin again"
             ) from None
         for key, value in self.settings.items():
-            if before.get(key) != value and not (key == "init" and self.config.resume):
-                what = f"--{key.replace('_', '-')}={before.get(key)}, not {value}"
-                if key in ("data", "init"):
-                    what = f"another --{key}, or one that has changed since"
+            if before.get(key) != value:
                 raise InputError(
-                    f"{self.out} holds a run with {what}: choose another --out, or remove it"
+                    f"{self.out} holds a run with another --{key.replace('_', '-')} "
+                    f"({before.get(key)}, not {value}): choose another --out, or remove it"
                 )
 
     def begin(self, model, optimizer, **about):
@@ -121,75 +108,51 @@ class Run:
 
         Raises InputError where another run writes into OUT, or processes have other weights."""
         self.model, self.optimizer = model, optimizer
+        self.device = next(model.parameters()).device
         if self.state:
-            call_everywhere(self.restore)
+            model.load_state_dict(self.state["model"])
+            optimizer.load_state_dict(self.state["optimizer"])
+            self.state = None
+            print_once(f"continuing {self.out} at step {self.step}")
         total = sum(p.detach().double().sum().item() for p in model.parameters())
         if len(set(gather_objects((self.step, total)))) > 1:
             raise InputError("the processes start from different weights: give all the same --init")
-        self.device = next(model.parameters()).device
         call_everywhere(self.open_log)
         self.describe(about)
         if self.step == 0:
-            self.write(0)
-        wait_for_all()
-
-    def restore(self):
-        try:
-            self.model.load_state_dict(self.state["model"])
-            self.optimizer.load_state_dict(self.state["optimizer"])
-            for parameter, moments in self.optimizer.state.items():
-                shapes = {moments[name].shape for name in ("exp_avg", "exp_avg_sq")}
-                if shapes != {parameter.shape}:  # AdamW would not notice, and read beyond the end
-                    raise ValueError(f"moments of {shapes} for weights of {parameter.shape}")
-        except Exception as error:
-            reason = str(error).split("\n")[-1].strip()
-            raise InputError(f"{self.out}/state.pt is not of this model: {reason}") from None
-        self.state = None
-        print_once(f"continuing {self.out} at step {self.step}")
+            call_everywhere(lambda: self.write(0))
 
     def open_log(self):
-        """Opens the log for as long as the run lasts. What came after the checkpoint, and is about
-        to come again, is cut off."""
+        """Opens the log, and locks it against another run. Lines after the checkpoint, whose steps
+        come again, are cut off."""
         if not is_first():
             return
-        path = self.out / "log.jsonl"
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.log_file = open(self.out / "log.jsonl", "a+b", buffering=0)
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.log_file = open(path, "a+b", buffering=0)
             if fcntl:
                 fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{self.out}: another run is writing there") from None
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from None
         self.log_file.seek(0)
-        kept = 0
-        for number, line in enumerate(self.log_file, start=1):
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > self.step:
-                    break  # a kill may have cut the last line
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{path}, line {number}: not a line of a log") from None
-            kept += len(line)
-        self.log_file.truncate(kept)
+        whole = [line for line in self.log_file if line.endswith(b"\n")]  # a kill may cut the last
+        kept = [line for line in whole if json.loads(line)["step"] <= self.step]
+        self.log_file.truncate(sum(map(len, kept)))
 
     def describe(self, about):
         """Prints what differs from the defaults, and writes run.json."""
-        options, defaults = asdict(self.config), asdict(type(self.config)())
-        changed = [key for key in options if options[key] != defaults[key] and key != "preset"]
-        print_once(
-            f"{self.stage}: preset {self.config.preset}"
-            + "".join(f", {key}={options[key]} ({self.origin[key]})" for key in changed)
-        )
+        options, default = asdict(self.config), type(self.config)()
+        shown = [f"{self.stage}: preset {self.config.preset}"]
+        for key, value in options.items():
+            if value != getattr(default, key) and key != "preset":
+                shown.append(f"{key}={value} ({self.origin[key]})")
+        print_once(", ".join(shown))
         parameters = sum(p.numel() for p in self.model.parameters())
         about = {"parameters": f"{parameters:,}", "on": device_name(self.device), **about}
         print_once(", ".join(f"{name} {value}" for name, value in about.items()))
-        print_once(f"all options and their values: {self.out}/run.json")
         if is_first():
             run = {"stage": self.stage, "options": options, "origin": self.origin}
-            run |= {"about": about | {"torch": torch.__version__}}
-            run |= {"data": {key: self.data[key] for key in ("inputs", "rows") if key in self.data}}
-            write_json(self.out / "run.json", run)
+            write_json(self.out / "run.json", run | about | {"torch": torch.__version__})
 
     # --------------------------------------------------------------------------------------------
     # In the loop
@@ -199,20 +162,20 @@ class Run:
         thread while this one is trained on. SIGTERM, the warning that preemptible machines get,
         and Ctrl-C let the step end, save and leave."""
         handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGTERM, signal.SIGINT)}
-        end, show = self.config.steps, {"initial": self.step, "mininterval": 1}
-        self.bar = tqdm(total=end, disable=not is_first(), **show)
+        end = self.config.steps
+        self.bar = tqdm(total=end, initial=self.step, mininterval=1, disable=not is_first())
         try:
             with ThreadPoolExecutor(1) as thread:
                 coming = thread.submit(batch_of, self.step)
                 self.began = time.perf_counter()
                 for step in range(self.step, end):
-                    batch = coming.result()
-                    if step + 1 < end:
-                        coming = thread.submit(batch_of, step + 1)
-                    self.checkpoint_due = (step + 1) % self.config.save_every == 0
-                    if not dist.is_initialized() or (step + 1) % self.config.log_every == 0:
+                    batch, done = coming.result(), step + 1
+                    if done < end:
+                        coming = thread.submit(batch_of, done)
+                    if not dist.is_initialized() or done % self.config.log_every == 0:
                         self.stopping = sum_over_processes(len(self.signals)) > 0  # all agree
-                    self.checkpoint_due |= self.stopping or step + 1 == end
+                    regular = done % self.config.save_every == 0 or done == end
+                    self.checkpoint_due = regular or self.stopping
                     yield step, batch
                     self.bar.update()
         finally:
@@ -251,12 +214,10 @@ class Run:
             if peak := peak_flops(self.device):
                 _, world = rank_and_world()
                 record["share_of_peak"] = flops / seconds / (world * peak)
+            self.tokens = self.flops = 0
         record |= {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         if not math.isfinite(record.get("loss", 0.0)):
-            raise InputError(
-                f"the loss is {record['loss']} at step {step + 1}: --lr or the data may be at "
-                f"fault; {self.out} holds the checkpoint before"
-            )
+            raise InputError(self.diverged(f"the loss is {record['loss']}", step))
         if is_first():
             self.log_file.write(json.dumps(record).encode() + b"\n")
             formats = {"loss": ".3f", "dev_accuracy": ".3f", "dev_ndcg": ".3f", "lr": ".1e"}
@@ -266,9 +227,13 @@ class Run:
                 self.bar.set_postfix_str(" ".join(shown), refresh=False)
             if sample:
                 self.bar.write(f"step {step + 1}: {' '.join(shown)}\n    {sample}")
-        if "loss" in values:
-            self.tokens = self.flops = 0
         self.began = time.perf_counter()
+
+    def diverged(self, what, step):
+        return (
+            f"{what} at step {step + 1}: --lr or the data may be at fault; {self.out} holds the "
+            "checkpoint before"
+        )
 
     def save(self, step):
         """Writes a checkpoint if one is due: by its own clock, at the end, and on a signal, after
@@ -277,10 +242,7 @@ class Run:
         if not self.checkpoint_due:
             return
         if not all(p.isfinite().all() for p in self.model.parameters()):
-            raise InputError(
-                f"the weights are not finite after step {step + 1}: --lr or the data may be at "
-                f"fault; {self.out} holds the checkpoint before"
-            )
+            raise InputError(self.diverged("weights are not finite", step))
         self.write(step + 1)
         if self.stopping and step + 1 < self.config.steps:
             number = signal.Signals(self.signals[0] if self.signals else signal.SIGTERM)

@@ -1,6 +1,5 @@
 """A model directory opens in each form that the model is published in, or one line says why not."""
 
-import filecmp
 import json
 import os
 import subprocess
@@ -22,31 +21,22 @@ TEXTS = ["", "some words", "a much longer text " * 60]
 # What published directories look like, written from one of ours
 
 
-PUBLISHED = """
-    "activation_function": "swiglu", "architectures": ["NomicBertModel"], "attn_pdrop": 0.0,
-    "auto_map": {"AutoModel": "modeling_hf_nomic_bert.NomicBertModel"}, "causal": false,
-    "embd_pdrop": 0.1, "layer_norm_epsilon": 1e-12, "mlp_fc1_bias": false, "mlp_fc2_bias": false,
-    "model_type": "nomic_bert", "n_positions": 8192, "pad_vocab_size_multiple": 64,
-    "prenorm": false, "qkv_proj_bias": false, "rotary_emb_base": 1000, "rotary_emb_fraction": 1.0,
-    "rotary_emb_interleaved": false, "rotary_emb_scale_base": null, "rotary_scaling_factor": null,
-    "type_vocab_size": 2, "use_rms_norm": false"""
+PUBLISHED = {"model_type": "nomic_bert", "activation_function": "swiglu", "n_positions": 8192}
+PUBLISHED |= {"auto_map": {"AutoModel": "modeling_hf_nomic_bert.NomicBertModel"}, "prenorm": False}
+PUBLISHED |= {"layer_norm_epsilon": 1e-12, "rotary_emb_base": 1000, "rotary_emb_fraction": 1.0}
+PUBLISHED |= {"rotary_emb_interleaved": False, "rotary_scaling_factor": None, "type_vocab_size": 2}
 NAMES = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "vocab_size": "vocab_size"}
 NAMES |= {"n_inner": "intermediate_size", "n_layer": "num_hidden_layers"}
 
 
-def read_config(directory):
-    return json.loads((directory / "config.json").read_text())
+def publish(directory, keep=False, **more):
+    """config.json with GPT-2's names, as it came with nomic-bert-2048 and nomic-embed-text.
 
-
-def write_config(directory, config):
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-def publish(directory, **more):
-    """config.json with GPT-2's names, as it came with nomic-bert-2048 and nomic-embed-text."""
-    native = read_config(directory)
+    keep: it has transformers' names as well."""
+    path = directory / "config.json"
+    native = json.loads(path.read_text())
     shape = {published: native[ours] for published, ours in NAMES.items()}
-    write_config(directory, {**json.loads(f"{{{PUBLISHED}}}"), **shape, **more})
+    path.write_text(json.dumps({**(native if keep else {}), **PUBLISHED, **shape, **more}))
 
 
 def edit_weights(directory, edit):
@@ -57,19 +47,13 @@ def edit_weights(directory, edit):
 
 def v1(directory, **more):
     """nomic-embed-text-v1: does not say that it was trained at 2,048; it reads up to 8,192."""
-    publish(directory, **{"max_position_embeddings": 8192, **more})
-
-
-def v1_5(directory):
-    """nomic-embed-text-v1.5: says that it was trained at 2,048."""
-    publish(directory, max_trained_positions=2048)
+    publish(directory, max_position_embeddings=8192, **more)
 
 
 def v1_5_of_today(directory):
     """nomic-embed-text-v1.5 since transformers has the model: both dialects in one file."""
     rope = {"rope_theta": 1000.0, "rope_type": "default"}
-    native = read_config(directory) | {"rope_parameters": rope}
-    publish(directory, **native, max_trained_positions=2048)
+    publish(directory, keep=True, rope_parameters=rope, max_trained_positions=2048)
 
 
 def nomic_bert_2048(directory):
@@ -86,13 +70,6 @@ def nomic_bert_2048(directory):
     edit_weights(directory, add_head)
 
 
-def trainer_output(directory):
-    """Out of the released training code: everything under trunk., buffers among the weights."""
-    buffers = {"trunk.encoder.layers.0.attn.rotary_emb.inv_freq": torch.ones(16)}
-    buffers |= {"trunk.embeddings.position_ids": torch.arange(512)}
-    edit_weights(directory, lambda w: {f"trunk.{name}": w[name] for name in w} | buffers)
-
-
 @pytest.fixture
 def directory(tokenizer, tmp_path):
     """A checkpoint of ours, trained at 2,048 tokens."""
@@ -104,7 +81,7 @@ def embeddings(directory):
     return NomicBert.from_pretrained(directory, dtype=torch.float32).encode(TEXTS)
 
 
-@pytest.mark.parametrize("variant", [v1, v1_5, v1_5_of_today, nomic_bert_2048, trainer_output])
+@pytest.mark.parametrize("variant", [v1, v1_5_of_today, nomic_bert_2048])
 def test_every_published_variant_gives_the_same_embeddings(directory, variant):
     expected = embeddings(directory)
     variant(directory)
@@ -112,6 +89,10 @@ def test_every_published_variant_gives_the_same_embeddings(directory, variant):
     config = NomicBert.from_pretrained(directory).config
     assert (config.rope_base, config.trained_length) == (1000.0, 2048)
     assert config.layer_norm_eps == 1e-12
+    if variant is nomic_bert_2048:
+        model = NomicBertForMaskedLM.from_pretrained(directory)
+        words = model.bert.embeddings.word_embeddings.weight
+        assert model.cls.predictions.decoder.weight is words, "tied"
 
 
 def test_weights_in_half_precision_open_as_float32(directory):
@@ -134,12 +115,6 @@ def test_dynamic_ntk_is_on_where_the_file_or_the_argument_gives_a_factor(
     assert (rope.scaling, rope.factor, rope.trained_length) == (*expected, 2048)
 
 
-def test_vocabularies_are_padded_as_config_json_says(directory):
-    size = read_config(directory)["vocab_size"]
-    v1(directory, vocab_size=size - 3)
-    assert NomicBert.from_pretrained(directory).config.vocab_size == size
-
-
 def test_a_checkpoint_without_tokenizer_opens_but_does_not_encode(directory):
     (directory / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="no tokenizer.json beside the model"):
@@ -151,17 +126,22 @@ def test_a_checkpoint_without_tokenizer_opens_but_does_not_encode(directory):
 
 
 @pytest.mark.parametrize("cls", [NomicBert, NomicBertForMaskedLM])
-def test_saved_and_opened_again_is_equal_bit_for_bit(tokenizer, tmp_path, cls):
-    model = tiny_model(tokenizer, cls)
+@pytest.mark.parametrize("scaling", ["none", "linear", "dynamic"])
+def test_saved_and_opened_again_is_equal_bit_for_bit(tokenizer, tmp_path, cls, scaling):
+    model = tiny_model(tokenizer, cls, rope_scaling=scaling, rope_factor=3.0)
     model.save_pretrained(tmp_path / "a")
     again = cls.from_pretrained(tmp_path / "a", dtype=torch.float32)
-    assert again.config == model.config
+    found, expected = vars(again.config), vars(model.config)
+    if scaling == "none":  # then config.json has no factor
+        found, expected = found | {"rope_factor": None}, expected | {"rope_factor": None}
+    assert found == expected
     for name, weight in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight), name
     again.save_pretrained(tmp_path / "b")
-    written = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*")]
-    _, different, errors = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", written, shallow=False)
-    assert len(written) >= 7 and not different and not errors
+    written = {path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*")}
+    assert len(written) >= 7
+    for path in written:
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
 
 
 def test_the_encoder_of_a_masked_language_model_opens_without_its_head(tokenizer, tmp_path):
@@ -170,21 +150,15 @@ def test_the_encoder_of_a_masked_language_model_opens_without_its_head(tokenizer
     encoder = NomicBert.from_pretrained(tmp_path / "masked")
     for name, weight in model.bert.state_dict().items():
         assert torch.equal(weight, encoder.state_dict()[name])
-    again = NomicBertForMaskedLM.from_pretrained(tmp_path / "masked")
-    words = again.bert.embeddings.word_embeddings.weight
-    assert again.cls.predictions.decoder.weight is words, "tied"
     encoder.save_pretrained(tmp_path / "encoder")
     with pytest.raises(InputError, match="has no MLM head"):
         NomicBertForMaskedLM.from_pretrained(tmp_path / "encoder")
-
-
-@pytest.mark.parametrize("scaling", ["none", "linear", "dynamic"])
-def test_the_scaling_of_rope_is_kept(tokenizer, tmp_path, scaling):
-    model = tiny_model(tokenizer, rope_scaling=scaling, rope_factor=3.0)
-    model.save_pretrained(tmp_path)
-    again = NomicBert.from_pretrained(tmp_path, dtype=torch.float32)
-    text = ["some words " * 200]
-    np.testing.assert_allclose(again.encode(text), model.encode(text), atol=1e-6)
+    bias = {"cls.predictions.bias": torch.ones(model.config.vocab_size)}
+    edit_weights(tmp_path / "masked", lambda weights: weights | bias)
+    with pytest.raises(
+        InputError, match="its MLM head has biases, and that of this model has none"
+    ):
+        NomicBertForMaskedLM.from_pretrained(tmp_path / "masked")
 
 
 def test_a_name_on_the_hub_opens_from_its_cache_or_is_an_error_of_one_line(directory, tmp_path):
@@ -228,10 +202,26 @@ def damage(path, change):
         save_file({k: v for k, v in (load_file(path) | change).items() if v is not None}, path)
 
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+def edited_tokenizer(edit):
+    def change(data):
+        values = json.loads(data)
+        edit(values)
+        return json.dumps(values).encode()
+
+    return change
+
+
+def without_mask(values):
+    values["added_tokens"] = [t for t in values["added_tokens"] if t["content"] != "[MASK]"]
+    del values["model"]["vocab"]["[MASK]"]
+
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+POOLING = "1_Pooling/config.json"
 YARN = {"rope_theta": 1000.0, "rope_type": "yarn", "factor": 4.0}
-NO_FACTOR = {"rope_theta": 1000.0, "rope_type": "dynamic", "factor": None}
+NO_FACTOR = {"rope_theta": 1000.0, "rope_type": "dynamic"}
 NORM, BIAS = "encoder.layers.1.norm1.weight", "encoder.layers.0.attn.Wqkv.bias"
+NO_SPECIAL_TOKENS = edited_tokenizer(lambda values: values.update(post_processor=None))
 
 
 @cases(
@@ -240,29 +230,24 @@ NORM, BIAS = "encoder.layers.1.norm1.weight", "encoder.layers.0.attn.Wqkv.bias"
         (CONFIG, None, "config.json cannot be read: No such"),
         (CONFIG, "[]", "config.json holds a list"),
         (CONFIG, "{", "config.json is not JSON"),
-        (CONFIG, {"model_type": "bert"}, "config.json: model_type is 'bert', not"),
-        (CONFIG, {"hidden_size": "64"}, "hidden_size is '64', not a number from 0 to"),
-        (CONFIG, {"hidden_size": 10**30}, "hidden_size is 10*, not a number from 0 to"),
-        (CONFIG, {"num_attention_heads": 5}, "hidden_size 64 does not make 5 even heads"),
+        (CONFIG, '{"model_type": "nomic_bert"}', "config.json: vocab_size is None, not a number"),
+        (CONFIG, {"model_type": "bert"}, "config.json: model_type is 'bert'; this model has 'nomi"),
+        (CONFIG, {"prenorm": True}, "prenorm is True; this model has False only"),
         (CONFIG, {"rope_parameters": YARN}, "rope_type is 'yarn'; known are default"),
         (CONFIG, {"rope_parameters": NO_FACTOR}, "config.json: factor is None"),
-        (CONFIG, {"moe_every_n_layers": 2}, "moe_every_n_layers is 2; this model has 0 only"),
-        (CONFIG, {"prenorm": True}, "prenorm is True; this model has False only"),
         (CONFIG, {"vocab_size": 512}, "word_embeddings.weight is .* asks for .512"),
-        (CONFIG, {"intermediate_size": 256}, "fc11.weight is .128, 64., .* asks for .256, 64"),
-        (CONFIG, {"num_hidden_layers": 3}, "has 2 layers, config.json asks for 3"),
-        ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "takes the mean of all tokens"),
-        ("1_Pooling/config.json", {"pooling_mode": ["mean"]}, "takes the mean of all tokens"),
-        ("1_Pooling/config.json", "[]", "config.json holds a list"),
-        ("modules.json", lambda data: b"\xff", "modules.json cannot be read"),
-        (WEIGHTS, None, "model.safetensors cannot be read"),
+        (CONFIG, {"num_hidden_layers": 3}, "layers.2.* is missing, config.json asks for"),
+        (POOLING, {"pooling_mode_cls_token": True}, "takes the mean of all tokens"),
+        (POOLING, {"pooling_mode": "cls"}, "takes the mean of all tokens"),
+        (WEIGHTS, None, "model.safetensors is missing"),
         (WEIGHTS, lambda data: data[:-100], "model.safetensors cannot be read"),
         (WEIGHTS, {NORM: None}, "norm1.weight is missing"),
         (WEIGHTS, {NORM: torch.ones(64, dtype=torch.int8)}, "norm1.weight is torch.int8"),
         (WEIGHTS, {NORM: torch.full((64,), torch.nan)}, "norm1.weight is .* finite"),
         (WEIGHTS, {BIAS: torch.zeros(192)}, "Wqkv.bias is .192,., .* asks for missing"),
-        (WEIGHTS, {"bert.emb_ln.bias": torch.ones(64)}, "emb_ln.bias is there twice"),
-        ("tokenizer.json", "{}", "tokenizer.json is not a tokenizer"),
+        (TOKENIZER, "{}", "tokenizer.json is not a tokenizer"),
+        (TOKENIZER, edited_tokenizer(without_mask), "has to have the tokens .* .MASK"),
+        (TOKENIZER, NO_SPECIAL_TOKENS, "and to put .CLS. before a text"),
     ],
 )
 def test_a_damaged_checkpoint_is_an_error_of_one_line(directory, name, change, message):
@@ -270,23 +255,6 @@ def test_a_damaged_checkpoint_is_an_error_of_one_line(directory, name, change, m
     with pytest.raises(InputError, match=message) as error:
         NomicBert.from_pretrained(directory)
     assert "\n" not in str(error.value) and "model" in str(error.value)
-
-
-@pytest.mark.parametrize("variant", [None, v1_5_of_today])
-def test_any_value_in_config_json_opens_or_is_an_error_of_one_line(directory, variant):
-    """Each field in turn missing, and of every wrong type: never a traceback, never a long wait."""
-    if variant:
-        variant(directory)
-    config = read_config(directory)
-    bad = ("missing", None, "x", -1, 0, 1.5, 10**9, True, [], [1], {}, {"a": 1}, float("nan"))
-    for name in config:
-        for value in bad:
-            changed = {**config, name: value}
-            write_config(directory, {k: v for k, v in changed.items() if v != "missing"})
-            try:
-                NomicBert.from_pretrained(directory)
-            except InputError as error:
-                assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize("vocab_size", [320, 4096])
@@ -298,46 +266,7 @@ def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(
         NomicBert.from_pretrained(tmp_path)
 
 
-def edited_tokenizer(edit):
-    def change(data):
-        values = json.loads(data)
-        edit(values)
-        return json.dumps(values).encode()
-
-    return change
-
-
-def without(token):
-    def edit(values):
-        values["added_tokens"] = [t for t in values["added_tokens"] if t["content"] != token]
-        ids = values["model"]["vocab"]
-        last = max(ids, key=ids.get)
-        ids[last] = ids.pop(token)  # no hole
-
-    return edit
-
-
-def with_a_hole(values):
-    ids = values["model"]["vocab"]
-    ids[max(ids, key=ids.get)] += 7
-
-
-@cases(
-    ("edit", "message"),
-    [
-        (without("[MASK]"), "tokenizer.json has no token .MASK"),
-        (without("[PAD]"), "tokenizer.json has no token .PAD"),
-        (with_a_hole, "tokenizer.json: the ids of its tokens are not 0 to"),
-        (lambda values: values.update(post_processor=None), "does not put .CLS. before a text"),
-    ],
-)
-def test_a_tokenizer_that_training_could_not_use_is_refused(directory, edit, message):
-    damage(directory / "tokenizer.json", edited_tokenizer(edit))
-    with pytest.raises(InputError, match=message):
-        NomicBert.from_pretrained(directory)
-
-
-@cases("factor", [0.5, 0.0, -1.0, float("nan"), float("inf")])
+@cases("factor", [0.5, float("nan"), float("inf")])
 def test_a_factor_of_dynamic_ntk_below_1_is_refused(directory, factor):
     with pytest.raises(InputError, match="rope_factor=.*: give a number from 1 to 1000"):
         NomicBert.from_pretrained(directory, rope_factor=factor)
@@ -355,9 +284,7 @@ def test_code_beside_safetensors_is_never_executed(directory):
     (directory / "modeling_hf_nomic_bert.py").write_text(f"import os; os.mkdir({folder!r})")
     v1(directory)  # its auto_map names that module
     NomicBert.from_pretrained(directory)
-    with pytest.raises(Exception, match="[Ww]eights.only"):  # as our own state.pt is read
-        torch.load(directory / "pytorch_model.bin", weights_only=True)
     (directory / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="pytorch_model.bin and no model.safetensors: opening a p"):
+    with pytest.raises(InputError, match="a pickle .* is not opened"):
         NomicBert.from_pretrained(directory)
     assert not (directory / "executed").exists()

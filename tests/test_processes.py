@@ -21,7 +21,6 @@ from torch import multiprocessing
 import contrastive
 import finetune
 import mlm
-from common import distributed
 from common.options import InputError
 
 STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
@@ -30,7 +29,6 @@ PIECES = {  # how the share of a process goes through the model
     "whole": [],
     "micro-batches": ["--micro-batch-tokens=50"],
     "GradCache": ["--tokens-in-memory=0", "--micro-batch-tokens=50"],
-    "GradCache, text by text": ["--tokens-in-memory=0", "--micro-batch-tokens=1"],
 }
 # the stages share most of their code: not all of them need all of these
 RUNS = [("mlm", "whole"), ("mlm", "micro-batches"), *(("contrastive", name) for name in PIECES)]
@@ -130,16 +128,6 @@ def test_more_processes_may_continue_a_run_that_one_began(world, stage, folder):
     check_equal(folder / f"{stage}-continued-by-{world}", folder / f"{stage}-1-whole")
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_any_number_of_processes_mines_the_same_negatives(world, folder):
-    """test_finetune.py has the same for chunks that are small enough to be shared out."""
-    found, expected = (
-        np.load(folder / f"finetune-{w}-whole" / "negatives.npz")["of summary-body"]
-        for w in (world, 1)
-    )
-    assert np.array_equal(found, expected)
-
-
 @pytest.mark.parametrize("world", [2, 4])
 def test_all_processes_stop_with_the_message_of_the_one_that_failed(world, folder):
     for rank in range(world):
@@ -153,17 +141,6 @@ def test_all_processes_stop_with_the_message_of_the_one_that_failed(world, folde
 
 # ------------------------------------------------------------------------------------------------
 # Under torchrun
-
-
-@pytest.mark.parametrize("world", [3, 16])
-def test_a_batch_has_to_divide_among_the_processes(world, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
-        monkeypatch.setenv(name, str(world) if name == "WORLD_SIZE" else "0")
-    with pytest.raises(InputError, match=f"--batch-size=8 does not divide by {world} processes"):
-        distributed.start(8)
-    monkeypatch.delenv("LOCAL_RANK")
-    with pytest.raises(InputError, match="RANK is set and LOCAL_RANK is not: start with torchrun"):
-        distributed.start(8)
 
 
 def torchrun(*options):

@@ -26,9 +26,8 @@ SMALL = {  # script -> options that make it small; of two values of an option th
     "bench/encode.py": "--layers=1 --hidden-size=64 --texts=8 --rounds=1",
     "bench/parity.py": "--layers=1 --hidden-size=64 --longest=512",
     "bench/memory.py": "--batches=64 --source=name-code",
-    "bench/gradients.py": "--processes=2",
     "bench/attention.py": "--tokens=300 --heads=1 --rounds=1",
-    "bench/experiments.py": "--size=tiny --rows='without stage 2'",
+    "bench/experiments.py": f"--rows=BM25 --seeds=0 --options='{SHAPE}'",
 }
 STAGES = ["mlm.py", "contrastive.py --init=out/mlm", "finetune.py --init=out/contrastive"]
 PREPARED = ["python data/pydocs.py", *(f"python {stage}" for stage in STAGES)]
