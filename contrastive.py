@@ -31,13 +31,13 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common import distributed
-from common.device import choose_dtype, move_to_device
+from common.device import choose_dtype, move_to_device, training_flops
 from common.files import load_tokenizer
 from common.options import InputError, cli, inherit, read_options
 from common.run import Run, adamw, set_lr
 from data import pydocs, store
 from evaluate import Retrieval, dev_scores
-from model import SHAPE, SHAPES, ModelConfig, NomicBert, training_flops
+from model import SHAPE, SHAPES, ModelConfig, NomicBert
 
 
 @dataclass

@@ -24,13 +24,13 @@ import torch
 import torch.nn.functional as F
 
 from common import distributed
-from common.device import move_to_device
+from common.device import move_to_device, training_flops
 from common.options import InputError, cli, read_options
 from common.run import Run, adamw, set_lr
 from contrastive import backward_batch, embed, first_model, gather, info_nce_in_blocks
 from data import pydocs, store
 from evaluate import Retrieval, dev_scores, top_k
-from model import SHAPES, training_flops
+from model import SHAPES
 
 
 @dataclass

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 
 from common import distributed
-from common.device import choose_dtype, move_to_device
+from common.device import choose_dtype, move_to_device, training_flops
 from common.files import load_tokenizer
 from common.options import cli, read_options
 from common.run import Run, adamw, set_lr
 from data import pydocs, store
-from model import SHAPES, ModelConfig, NomicBertForMaskedLM, training_flops
+from model import SHAPES, ModelConfig, NomicBertForMaskedLM
 
 
 @dataclass

@@ -265,7 +265,6 @@ class NomicBert(nn.Module):
         )
         self.dtype = torch.get_default_dtype()  # of the activations
         self.tokenizer = None  # for `encode` and `save_pretrained`
-        self.layer_norm = False  # of embeddings, before their first dimensions are taken
         initialize(self)
 
     @property
@@ -296,11 +295,9 @@ class NomicBert(nn.Module):
     def pool(self, hidden, cu_seqlens, dims=None):
         """The mean of each text's hidden states at unit length (sec. 3.1): (N, C) -> (B, dims).
 
-        dims: the first dimensions only (Matryoshka)."""
-        x = mean_pool(hidden, cu_seqlens)  # (B, C)
-        if self.layer_norm:  # of nomic-embed-text-v1.5; it has no weights and subtracts the mean
-            x = F.layer_norm(x, x.shape[1:])
-        return F.normalize(x[:, :dims], dim=-1)
+        dims: the first dimensions only (Matryoshka). For nomic-embed-text-v1.5 its card says to
+        apply a LayerNorm without weights before they are taken, which this does not do."""
+        return F.normalize(mean_pool(hidden, cu_seqlens)[:, :dims], dim=-1)
 
     @torch.no_grad()
     def encode(self, texts, max_tokens=checkpoint.MAX_TOKENS, dims=None, micro_batch_tokens=None):
@@ -440,19 +437,6 @@ class NomicBertForMaskedLM(nn.Module):
         save_model(directory, self, self.bert, "NomicBertForMaskedLM")
 
 
-def training_flops(config, lengths, masked_share=0.0):
-    """Floating-point operations to train on texts of these lengths (B,), in tokens.
-
-    Per token: 6 for each weight of a matrix that it passes (2 forward, 4 backward), and 12 C L per
-    layer for attention in a text of L tokens. In stage 1 the head is added, for the masked share of
-    tokens. GradCache's second forward pass is not counted: useful work is what the result needs."""
-    C, lengths = config.hidden_size, np.asarray(lengths, float)
-    weights = config.num_hidden_layers * (4 * C * C + 3 * C * config.intermediate_size)
-    weights += masked_share * (C * C + C * config.vocab_size)
-    attention = 12 * config.num_hidden_layers * C * (lengths**2).sum()
-    return float(6 * weights * lengths.sum() + attention)
-
-
 # ------------------------------------------------------------------------------------------------
 # Checkpoints
 
@@ -480,11 +464,11 @@ def open_model(cls, where, dtype, rope_factor, device):
     model.to(device)
     encoder.tokenizer = checkpoint.read_tokenizer(directory, config.vocab_size)
     encoder.dtype = dtype or fast_dtype(encoder.device)
-    encoder.layer_norm = checkpoint.has_layer_norm(directory)
+    checkpoint.check_pooling(directory)
     return model
 
 
 def save_model(directory, model, encoder, architecture):
     config, weights = asdict(model.config), model.state_dict()
-    rest = (encoder.tokenizer, encoder.layer_norm, architecture, PROMPTS)
+    rest = (encoder.tokenizer, architecture, PROMPTS)
     checkpoint.write_checkpoint(directory, config, weights, *rest)

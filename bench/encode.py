@@ -19,10 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import shared
-from common.device import best_device
+from common.device import best_device, training_flops
 from common.files import load_tokenizer
 from common.options import cli, read_options
-from model import NomicBert, training_flops
+from model import NomicBert
 
 
 @dataclass
@@ -50,7 +50,7 @@ def main(arguments):
         ours = NomicBert.from_pretrained(folder, device=device)
         kwargs = {"device": str(device), "model_kwargs": {"dtype": ours.dtype}}
         theirs = SentenceTransformer(folder, **kwargs)
-    shared.print_machine(device, ours.dtype)
+    shared.print_machine(ours.dtype)
     shared.print_head("texts", "", "tokens/s", "GFLOP/s", "share", "time / ours", "smallest cosine")
 
     mix = shared.natural_mix(options.texts, rng)

@@ -2,11 +2,11 @@
 
     python bench/estimate.py mlm --preset=paper
     python bench/estimate.py contrastive --preset=paper --gpus=16 --batch-size=65536
-    python bench/estimate.py finetune --data=out/pydocs
+    python bench/estimate.py finetune --data=out/pydocs --gpus=1
 
 Any option of the stage may be given. Without the data in --data, lengths of texts are assumed.
-Operations are the useful ones (model.training_flops); hours include GradCache's second forward
-pass, a third more.
+Operations are the useful ones (common/device.py). Hours include GradCache's second forward pass, a
+third more, and no time for messages.
 """
 
 import math
@@ -18,20 +18,20 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import model
 from bench.shared import print_head, print_row, split_options
 from bench.stages import STAGES
-from common.device import PEAK_FLOPS
+from common.device import PEAK_FLOPS, training_flops
 from common.files import load_tokenizer
 from common.options import InputError, cli, read_options, split_words
 from data.store import open_sources
+from model import ModelConfig, NomicBert, NomicBertForMaskedLM
 
 SHARE = 0.4  # of the data sheet's peak; an H100 reached .45 in stage 1, .38 in 2 (docs/speed.md)
 
 
 @dataclass
 class Options:
-    gpus: int = 8  # of the second column; the first is of one GPU
+    gpus: int = 8  # that share each batch
 
 
 def saved_bytes_per_token(shape):
@@ -62,51 +62,59 @@ def sampled_lengths(stage, config):
 
 def step_of(stage, config):
     """Of one step: the model's shape, column -> number of texts, tokens, useful operations."""
-    vocab_size = model.ModelConfig.vocab_size
+    vocab_size = ModelConfig.vocab_size
     if Path(config.data, "meta.json").is_file():
         vocab_size = load_tokenizer(config.data).get_vocab_size()
     length = config.seq_len if stage == "mlm" else config.trained_length
-    shape = model.ModelConfig.from_options(config, vocab_size, length)
+    shape = ModelConfig.from_options(config, vocab_size, length)
     masked, negatives = getattr(config, "mask_probability", 0.0), getattr(config, "negatives", 0)
     texts, tokens, flops = {}, 0, 0
     for name, lengths in sampled_lengths(stage, config).items():
         texts[name] = config.batch_size * (1 + negatives * (name == "document"))
         tokens += texts[name] * lengths.mean()
-        flops += texts[name] / len(lengths) * model.training_flops(shape, lengths, masked)
+        flops += texts[name] / len(lengths) * training_flops(shape, lengths, masked)
     return shape, texts, tokens, flops
 
 
-def estimate(stage, config, worlds):
-    """worlds (2,): the GPUs of each column. Returns title -> one or two numbers, and the operations
-    of the whole run (2,)."""
+def estimate(stage, config, gpus):
+    """Yields titles and numbers."""
     shape, texts, tokens, flops = step_of(stage, config)
     with torch.device("meta"):
-        network = (model.NomicBertForMaskedLM if stage == "mlm" else model.NomicBert)(shape)
+        network = (NomicBertForMaskedLM if stage == "mlm" else NomicBert)(shape)
     weights, steps = sum(p.numel() for p in network.parameters()), config.steps
-    in_memory = getattr(config, "tokens_in_memory", 0)  # stage 1 always has micro-batches
-    split = tokens / worlds > in_memory
-    at_once = np.minimum(tokens / worlds, np.where(split, config.micro_batch_tokens, in_memory))
+    yield "parameters", weights
+    yield "tokens, a step", tokens
+    yield f"tokens, {steps:,} steps", steps * tokens
+    yield "operations, a step", flops
+    yield f"operations, {steps:,} steps", steps * flops
+
+    at_once, message = tokens / gpus, 4 * weights * (gpus > 1)
+    cached = at_once > getattr(config, "tokens_in_memory", math.inf)  # GradCache
+    if cached or stage == "mlm":
+        at_once = min(at_once, config.micro_batch_tokens)
     kept = shape.num_hidden_layers * saved_bytes_per_token(shape) * at_once
-    message, gathered = 4 * weights * (worlds > 1), 0
-    memory = {"weights": 4 * weights, "gradients": 4 * weights, "AdamW's moments": 8 * weights}
-    memory["gradients as one message"] = message
-    memory["activations that blocks keep, weights in bf16"] = kept + 2 * weights
+    memory = {
+        "weights, gradients, their message, AdamW's moments": 16 * weights + message,
+        "activations that blocks keep, weights in bf16": kept + 2 * weights,
+    }
     if stage == "mlm":
-        memory["logits of a chunk, and their gradients"] = (1 << 25) * (2 + 4 + 4 + 2)
+        memory["logits of a chunk, and their gradients"] = (1 << 25) * 12
     else:
-        embeddings = sum(texts.values()) / worlds + texts["document"]  # own, and all documents
-        memory["embeddings and their gradients"] = 8 * embeddings * shape.hidden_size
-        logits = np.minimum(1 << 23, texts["query"] / worlds * texts["document"])
-        memory["logits of a block, and their gradients"] = 12 * logits
-        gathered = 4 * texts["document"] * shape.hidden_size * (worlds > 1)
+        embeddings = sum(texts.values()) / gpus + texts["document"]  # own, and all documents
+        logits = min(1 << 23, texts["query"] / gpus * texts["document"])
+        sizes = 8 * embeddings * shape.hidden_size + 12 * logits
+        memory["embeddings, logits of a block, and their gradients"] = sizes
     memory["all"] = sum(memory.values())
-    rows = {"parameters": weights, "tokens, a step": tokens}
-    rows[f"tokens, {steps:,} steps"] = steps * tokens
-    rows |= {"operations, a step": flops, f"operations, {steps:,} steps": steps * flops}
-    rows |= {f"memory: {name}, MiB": size / 2**20 for name, size in memory.items()}
-    messages = {"gradients": message, "embeddings": gathered}
-    rows |= {f"messages: {name}, MiB": size / 2**20 for name, size in messages.items()}
-    return rows, steps * flops * np.where(split & (stage != "mlm"), 4 / 3, 1)
+    for name, size in memory.items():
+        yield f"memory: {name}, MiB", size / 2**20
+    yield "messages: gradients, MiB", message / 2**20
+    if stage != "mlm":
+        gathered = 4 * texts["document"] * shape.hidden_size * (gpus > 1)
+        yield "messages: embeddings, MiB", gathered / 2**20
+    for name in ("H100", "A100", "RTX 4090"):
+        speed = gpus * SHARE * PEAK_FLOPS[name]
+        hours = steps * flops * (4 / 3 if cached else 1) / speed / 3600
+        yield f"hours, {name} at {SHARE:.0%} of its peak", hours
 
 
 def main(arguments):
@@ -115,16 +123,12 @@ def main(arguments):
     options, _ = read_options(Options, own)
     if len(words) != 1 or words[0] not in STAGES:
         raise InputError(f"give one of {', '.join(STAGES)}")
-    (name,), worlds = words, np.array([1, options.gpus])
-    config, _ = read_options(STAGES[name].Config, others, STAGES[name].PRESETS)
-    print_head(f"{name}, preset {config.preset}", "1 GPU", f"{options.gpus} GPUs")
-    rows, flops = estimate(name, config, worlds)
-    for title, values in rows.items():
-        values = np.broadcast_to(values, 2)
-        print_row(title, *(f"{n:,.0f}" if n < 1e9 else f"{n:.2e}" for n in values))
-    for gpu in ("H100", "A100", "RTX 4090"):
-        hours = flops / (worlds * SHARE * PEAK_FLOPS[gpu]) / 3600
-        print_row(f"hours, {gpu} at {SHARE:.0%} of its peak", *(f"{n:,.1f}" for n in hours))
+    stage = STAGES[words[0]]
+    config, _ = read_options(stage.Config, others, stage.PRESETS)
+    print_head(f"{words[0]}, preset {config.preset}", f"{options.gpus} GPUs")
+    for title, number in estimate(words[0], config, options.gpus):
+        digits = 1 if title.startswith("hours") else 0
+        print_row(title, f"{number:,.{digits}f}" if number < 1e9 else f"{number:.2e}")
     if not Path(config.data, "meta.json").is_file():
         print(f"\nThere is no data in {config.data}: vocabulary and lengths of pairs are assumed.")
 

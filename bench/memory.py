@@ -20,22 +20,17 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.shared import print_head, print_machine, print_row
+from bench.shared import natural_mix, print_head, print_machine, print_row, whole_numbers
 from common.device import best_device, fast_dtype
-from common.files import load_tokenizer
 from common.options import cli, read_options
 from contrastive import PRESETS, Config, embed, grad_cache, info_nce_in_blocks
-from data.store import Source
 from model import ModelConfig, NomicBert
 
 
 @dataclass
 class Options:
-    preset: str = "laptop"  # whose model, and whose lengths
-    data: str = "out/pydocs"  # a data folder
-    source: str = "name-docstring"  # of its stage 2, the one that pairs come from
+    preset: str = "laptop"  # whose model, lengths of texts, and micro-batches
     batches: str = "1024,2048,4096,8192,16384"  # pairs
-    micro_batch_tokens: int = 0  # the same for all batches; 0: that of the preset [0, 1e9]
     longest: int = 4096  # the largest batch that is tried without GradCache [0, 1e9]
 
 
@@ -47,48 +42,44 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def step(pairs, cached, options):
-    """Forward and backward of one batch. Returns its tokens, and MiB: all, and of embeddings."""
-    config, _ = read_options(Config, [f"--preset={options.preset}"], PRESETS)
-    tokenizer, length = load_tokenizer(options.data), config.trained_length
-    shape = ModelConfig.from_options(config, tokenizer.get_vocab_size(), length)
-    model = NomicBert(shape).to(best_device())
+def step(pairs, cached, config):
+    """Forward and backward of one batch of random tokens. Returns how many, and MiB."""
+    shape = ModelConfig.from_options(config, ModelConfig.vocab_size, config.trained_length)
+    model, rng = NomicBert(shape).to(best_device()), np.random.default_rng(0)
     model.dtype = fast_dtype(model.device)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # in memory at any batch size
-    source = Source(f"{options.data}/stage2/{options.source}", tokenizer)
-    rows = np.arange(pairs) % len(source)  # a source may be smaller than a batch
-    texts = source.texts("query", rows, config.query_tokens)
-    texts += source.texts("document", rows, config.document_tokens)
-    budget = options.micro_batch_tokens or config.micro_batch_tokens
+    documents = natural_mix(pairs, rng).clip(max=config.document_tokens)
+    texts = [rng.integers(5, 20_000, n) for n in (*rng.integers(6, 21, pairs), *documents)]
 
     def loss_of(embeddings):
         return info_nce_in_blocks(*embeddings.chunk(2), config.temperature) / pairs
 
     before = peak_memory()
     if cached:
-        grad_cache(model, texts, loss_of, budget)
+        grad_cache(model, texts, loss_of, config.micro_batch_tokens)
     else:
-        loss_of(embed(model, texts, budget)).backward()
-    return sum(map(len, texts)), peak_memory() - before, 16 * pairs * config.hidden_size / 2**20
+        loss_of(embed(model, texts, config.micro_batch_tokens)).backward()
+    return sum(map(len, texts)), peak_memory() - before
 
 
-def measure(pairs, cached, options):
+def measure(*arguments):
     """step() in a process of its own, so that its peak of memory is its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as executor:
-        return executor.submit(step, pairs, cached, options).result()
+        return executor.submit(step, *arguments).result()
 
 
 def main(arguments):
     options, _ = read_options(Options, arguments)
+    config, _ = read_options(Config, [f"--preset={options.preset}"], PRESETS)
     # freed memory goes back to the system at once, instead of staying with glibc in pieces
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
-    print_machine(best_device(), f"preset {options.preset}")
-    print_head("pairs", "tokens", "GradCache, MiB", "of it embeddings, MiB", "without, MiB")
-    for pairs in map(int, options.batches.split(",")):
-        tokens, cached, embeddings = measure(pairs, True, options)
-        plain = f"{measure(pairs, False, options)[1]:,.0f}" if pairs <= options.longest else ""
-        print_row(f"{pairs:,}", f"{tokens:,}", f"{cached:,.0f}", f"{embeddings:,.0f}", plain)
+    print_machine(f"preset {options.preset}")
+    print_head("pairs", "tokens", "with GradCache, MiB", "without, MiB")
+    for pairs in whole_numbers(options.batches):
+        tokens, cached = measure(pairs, True, config)
+        plain = f"{measure(pairs, False, config)[1]:,.0f}" if pairs <= options.longest else ""
+        print_row(f"{pairs:,}", f"{tokens:,}", f"{cached:,.0f}", plain)
 
 
 if __name__ == "__main__":

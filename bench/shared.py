@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import fields
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.device import device_name
+from common.device import best_device, device_name
 from common.files import write_text
+from common.options import InputError
 from data.store import Source
 from model import ModelConfig
 
@@ -28,8 +30,9 @@ def print_head(*titles):
     print_row("---", *["---:"] * (len(titles) - 1))
 
 
-def print_machine(device, *more):
-    print(", ".join(map(str, [f"torch {torch.__version__}", device_name(device), *more])) + "\n")
+def print_machine(*more):
+    print(", ".join(map(str, [f"torch {torch.__version__}", device_name(best_device()), *more])))
+    print()
 
 
 def keep(path, work):
@@ -38,6 +41,19 @@ def keep(path, work):
     if not path.is_file():
         write_text(path, json.dumps(work()))
     return json.loads(path.read_text())
+
+
+def keep_settings(out, *settings):
+    """Raises InputError where the folder `out` has results of other settings."""
+    if (before := keep(Path(out, "settings.json"), lambda: settings)) != [*settings]:
+        raise InputError(f"{out} has results of {before}: choose another --out")
+
+
+def whole_numbers(text):
+    """ "8,32" -> [8, 32]. Raises InputError for anything else."""
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
+        raise InputError(f"{text}: give whole numbers with commas between them")
+    return [int(number) for number in text.split(",")]
 
 
 def split_options(options_class, arguments):

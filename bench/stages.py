@@ -5,13 +5,12 @@
     python bench/stages.py --stages=mlm --preset=paper --batch-size=256
 
 Each stage runs for 12 steps (--steps). From its log comes the median step, without the first two.
-Operations are the useful ones (model.training_flops). The matrix rate is measured before and after,
+Operations are the useful ones (common/device.py). The matrix rate is measured before and after,
 on the matrices of one layer in the same type; the higher one counts.
 """
 
 import contextlib
 import io
-import json
 import statistics
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import mlm
 from bench.shared import matrix_rate, print_head, print_machine, print_row, split_options
 from common import run
 from common.device import best_device, choose_dtype
+from common.files import read_json_lines
 from common.options import InputError, cli, read_options
 
 STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
@@ -35,13 +35,6 @@ STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
 @dataclass
 class Options:
     stages: str = "mlm,contrastive,finetune"  # which to measure
-
-
-def choose_stages(names):
-    """name -> module, for names with commas between them."""
-    if set(names.split(",")) - set(STAGES):
-        raise InputError(f"--stages={names}: give some of {','.join(STAGES)}")
-    return {name: STAGES[name] for name in names.split(",")}
 
 
 def measure(stage, arguments, device):
@@ -56,7 +49,7 @@ def measure(stage, arguments, device):
         quiet = ["--log-every=1", "--eval-every=0", "--save-every=1e9", f"--out={folder}/run"]
         with contextlib.redirect_stdout(io.StringIO()):
             stage.main([*arguments, *quiet])
-        records = [json.loads(line) for line in open(f"{folder}/run/log.jsonl")][2:]
+        records = [record for _, record in read_json_lines(f"{folder}/run/log.jsonl")][2:]
     speed = statistics.median(record["tokens_per_second"] for record in records)
     share = statistics.median(record["share_of_peak"] for record in records)
     return speed, share * rate, max(rate, matrix_rate(config, dtype, device))
@@ -65,19 +58,21 @@ def measure(stage, arguments, device):
 def main(arguments):
     own, others = split_options(Options, arguments)
     options, _ = read_options(Options, own)
-    stages, device = choose_stages(options.stages), best_device()
-    cuda = device.type == "cuda"
-    print_machine(device, " ".join(others))
+    device, names = best_device(), options.stages.split(",")
+    if set(names) - set(STAGES):
+        raise InputError(f"--stages={options.stages}: give some of {','.join(STAGES)}")
+    print_machine(*others)
     titles = ("stage", "tokens/s", "MFLOP/token", "TFLOP/s", "matrix rate, TFLOP/s", "share")
     print_head(*titles, "GPU memory, GiB")
-    for name, stage in stages.items():
-        if cuda:
+    for name in names:
+        if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        speed, flops, rate = measure(stage, ["--steps=12", *others], device)
+        speed, flops, rate = measure(STAGES[name], ["--steps=12", *others], device)
         cells = [f"{speed:,.0f}", f"{flops / speed / 1e6:.1f}", f"{flops / 1e12:.3f}"]
         cells += [f"{rate / 1e12:.3f}", f"{flops / rate:.0%}"]
-        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if cuda else ""
-        print_row(name, *cells, memory)
+        if device.type == "cuda":
+            cells.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f}")
+        print_row(name, *cells)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@
 
 A step is forward, backward and AdamW on one batch of a natural mix of lengths, tokenized and masked
 before. Theirs is measured at its best here: bf16 by autocast where it is fast, the fastest
-micro-batch of --tries, MLM texts sorted by length. The loss of the first step shows that both
-compute the same. Padding does not count as tokens.
+micro-batch of --tries, MLM texts sorted by length. Ours is compiled on a GPU. The loss of the first
+step shows that both compute the same. Padding does not count as tokens.
 """
 
 import sys
 import tempfile
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,9 @@ from common.options import cli, read_options
 from data import store
 from model import ModelConfig, NomicBert, NomicBertForMaskedLM
 
+DEVICE = best_device()
+FAST = fast_dtype(DEVICE)
+
 
 @dataclass
 class Options:
@@ -38,7 +40,6 @@ class Options:
     texts: int = 256  # MLM texts of a step, and pairs of a step [8, 1e6]
     tries: str = "8,32"  # micro-batches, in texts, that theirs may choose from
     rounds: int = 3  # how often each is timed; the median counts
-    compile: bool = False  # compile our blocks
 
 
 def training_step(model, backward):
@@ -56,12 +57,12 @@ def training_step(model, backward):
 
 def masked_batches(folder, texts, groups):
     """Micro-batches as mlm.py has them, and how many tokens of all are masked."""
-    masker, device, batches = mlm.Masker(load_tokenizer(folder)), best_device(), []
+    masker, batches = mlm.Masker(load_tokenizer(folder)), []
     for group in groups:
         part = [texts[i] for i in group]
         seeds = [text.sum() for text in part]  # so that a text has the same mask in any order
         tokens, cu_seqlens, *chosen = masker(part, 0.3, seeds)
-        batches.append((tokens.to(device), cu_seqlens, *(x.to(device) for x in chosen)))
+        batches.append((tokens.to(DEVICE), cu_seqlens, *(x.to(DEVICE) for x in chosen)))
     return batches, sum(len(targets) for *_, targets in batches)
 
 
@@ -75,34 +76,38 @@ def features(tokens, cu_seqlens):
     return {"input_ids": rectangle(tokens, cu_seqlens), "attention_mask": mask}
 
 
-def autocast(dtype):
-    half = dtype != torch.float32
-    return torch.autocast(best_device().type, dtype) if half else nullcontext()
+def autocast():
+    return torch.autocast(DEVICE.type, FAST, enabled=FAST != torch.float32)
 
 
-def our_mlm(folder, texts, dtype, budget, compile):
-    model = NomicBertForMaskedLM.from_pretrained(folder, dtype, device=best_device())
-    if compile:
-        model.bert.compile_blocks()
+def our_model(cls, folder):
+    model = cls.from_pretrained(folder, FAST, device=DEVICE)
+    if DEVICE.type == "cuda":
+        getattr(model, "bert", model).compile_blocks()
+    return model
+
+
+def our_mlm(folder, texts, budget):
+    model = our_model(NomicBertForMaskedLM, folder)
     groups = store.split_by_tokens(list(map(len, texts)), budget)
     batches, total = masked_batches(folder, texts, groups)
     backward = partial(mlm.backward_in_chunks, model, total=total)
     return training_step(model, lambda: sum(map(backward, batches)))
 
 
-def their_mlm(folder, texts, dtype, size):
+def their_mlm(folder, texts, size):
     from transformers import AutoModelForMaskedLM
 
-    model = AutoModelForMaskedLM.from_pretrained(folder).to(best_device()).train()
-    order = np.arange(len(texts))
-    batches, total = masked_batches(folder, texts, np.split(order, order[size::size]))
+    model = AutoModelForMaskedLM.from_pretrained(folder).to(DEVICE).train()
+    order = np.array(sorted(range(len(texts)), key=lambda i: -len(texts[i])))
+    batches, total = masked_batches(folder, texts, np.split(order, range(size, len(texts), size)))
 
     def backward():
         loss = 0.0
         for tokens, cu_seqlens, positions, targets in batches:
             labels = torch.full_like(tokens, -100).index_copy(0, positions, targets)
             labels = rectangle(labels, cu_seqlens, -100)  # -100: not to be predicted
-            with autocast(dtype):
+            with autocast():
                 part = model(**features(tokens, cu_seqlens), labels=labels).loss
             part = part * (len(targets) / total)
             part.backward()
@@ -112,11 +117,9 @@ def their_mlm(folder, texts, dtype, size):
     return training_step(model, backward)
 
 
-def our_pairs(folder, pairs, dtype, budget, compile):
+def our_pairs(folder, pairs, budget):
     """pairs: (query, document)."""
-    model = NomicBert.from_pretrained(folder, dtype, device=best_device())
-    if compile:
-        model.compile_blocks()
+    model = our_model(NomicBert, folder)
     queries, documents = zip(*pairs, strict=True)
 
     def loss_of(embeddings):
@@ -126,16 +129,16 @@ def our_pairs(folder, pairs, dtype, budget, compile):
     return training_step(model, partial(contrastive.grad_cache, model, texts, loss_of, budget))
 
 
-def their_pairs(folder, pairs, dtype, size):
+def their_pairs(folder, pairs, size):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import losses
 
-    model = SentenceTransformer(folder, device=str(best_device())).train()
+    model = SentenceTransformer(folder, device=str(DEVICE)).train()
     loss_of = losses.CachedMultipleNegativesRankingLoss(model, scale=50.0, mini_batch_size=size)
-    sides = [features(*store.pack(side, model.device)) for side in zip(*pairs, strict=True)]
+    sides = [features(*store.pack(side, DEVICE)) for side in zip(*pairs, strict=True)]
 
     def backward():
-        with autocast(dtype):  # backward too: it runs forward once more
+        with autocast():  # backward too: it runs forward once more
             loss = loss_of(sides, None)
             loss.backward()
         return loss.detach()
@@ -145,13 +148,9 @@ def their_pairs(folder, pairs, dtype, size):
 
 def main(arguments):
     options, _ = read_options(Options, arguments)
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    device, rng = best_device(), np.random.default_rng(0)
+    sizes, rng = shared.whole_numbers(options.tries), np.random.default_rng(0)
     stage, _ = read_options(contrastive.Config, [f"--preset={options.preset}"], contrastive.PRESETS)
-    tokenizer, fast = load_tokenizer(options.data), fast_dtype(device)
+    tokenizer = load_tokenizer(options.data)
     torch.manual_seed(0)
     shape = ModelConfig.from_options(stage, tokenizer.get_vocab_size(), stage.trained_length)
     model = NomicBertForMaskedLM(shape)
@@ -161,23 +160,21 @@ def main(arguments):
     texts = shared.pieces_of_text(options.data, tokenizer, mix, rng)
     short = rng.integers(6, 21, options.texts)
     queries = shared.pieces_of_text(options.data, tokenizer, short, rng)
-    pairs, by_length = list(zip(queries, texts, strict=True)), sorted(texts, key=len, reverse=True)
+    pairs = list(zip(queries, texts, strict=True))
     lengths = f"texts of {np.median(mix):.0f} tokens in the median, {mix.max():,} at most"
-    shared.print_machine(device, fast, lengths)
+    shared.print_machine(FAST, lengths)
     shared.print_head("step", "", "first loss", "tokens/s", "texts/s", "time / ours")
 
-    tasks = {  # texts, sorted texts, tokens, ours, theirs
-        "MLM": (texts, by_length, mix.sum(), our_mlm, their_mlm),
-        "pairs": (pairs, pairs, mix.sum() + short.sum(), our_pairs, their_pairs),
+    tasks = {  # rows, tokens, ours, theirs
+        "MLM": (texts, mix.sum(), our_mlm, their_mlm),
+        "pairs": (pairs, mix.sum() + short.sum(), our_pairs, their_pairs),
     }
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        for task, (rows, ordered, tokens, ours, theirs) in tasks.items():
-            best = shared.fastest(
-                {n: theirs(folder, ordered, fast, n) for n in map(int, options.tries.split(","))}
-            )
-            steps = {"ours": ours(folder, rows, fast, stage.micro_batch_tokens, options.compile)}
-            steps[f"theirs, {best} texts"] = theirs(folder, ordered, fast, best)
+        for task, (rows, tokens, ours, theirs) in tasks.items():
+            best = shared.fastest({n: theirs(folder, rows, n) for n in sizes})
+            steps = {"ours": ours(folder, rows, stage.micro_batch_tokens)}
+            steps[f"theirs, {best} texts"] = theirs(folder, rows, best)
             losses = [step() for step in steps.values()]
             steps["ours"]()  # its second step may be compiled again, for other shapes
             taken = shared.time_in_turns(steps.values(), options.rounds)

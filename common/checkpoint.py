@@ -194,25 +194,21 @@ def read_tokenizer(directory, vocab_size):
     return tokenizer
 
 
-def has_layer_norm(directory):
-    """Whether modules.json has a LayerNorm before the unit length.
-
-    Raises InputError where texts are pooled in another way than by the mean of their tokens."""
+def check_pooling(directory):
+    """Raises InputError where texts are pooled in another way than by the mean of their tokens."""
     path = directory / "1_Pooling" / "config.json"
     pooling = read_json(path) if path.is_file() else {}
     modes = {name for name, on in pooling.items() if name.startswith("pooling_mode_") and on}
     modes.add(pooling.get("pooling_mode", "mean"))
     if modes - {"mean", "pooling_mode_mean_tokens"}:
         raise InputError(f"{path}: {pooling}; this model takes the mean of all tokens")
-    path = directory / "modules.json"
-    return path.is_file() and "LayerNorm" in path.read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------
 # Writing
 
 
-def write_checkpoint(directory, config, weights, tokenizer, layer_norm, architecture, prompts):
+def write_checkpoint(directory, config, weights, tokenizer, architecture, prompts):
     """Writes a directory that AutoModel and SentenceTransformer open; the weights come last.
 
     config: the fields of model.ModelConfig; weights: a state_dict; architecture: the class of
@@ -222,7 +218,6 @@ def write_checkpoint(directory, config, weights, tokenizer, layer_norm, architec
     rope["rope_type"] = {v: k for k, v in ROPE_TYPES.items()}[config["rope_scaling"]]
     if config["rope_scaling"] != "none":
         rope["factor"] = config["rope_factor"]
-    modules = ["Transformer", "Pooling", *["LayerNorm"] * layer_norm, "Normalize"]
     files = {
         "config.json": {
             "model_type": "nomic_bert",
@@ -236,7 +231,7 @@ def write_checkpoint(directory, config, weights, tokenizer, layer_norm, architec
         "modules.json": [
             {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else ""}
             | {"type": f"sentence_transformers.models.{name}"}
-            for i, name in enumerate(modules)
+            for i, name in enumerate(("Transformer", "Pooling", "Normalize"))
         ],
         "1_Pooling/config.json": {
             "word_embedding_dimension": hidden_size,
@@ -250,11 +245,6 @@ def write_checkpoint(directory, config, weights, tokenizer, layer_norm, architec
         special = {f"{x}_token": f"[{x.upper()}]" for x in ("pad", "unk", "cls", "sep", "mask")}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": MAX_TOKENS}
         files["tokenizer_config.json"] = settings | special
-    if layer_norm:  # it has no weights in the model, and neutral ones here
-        files["2_LayerNorm/config.json"] = {"dimension": hidden_size}
-        neutral = {"norm.weight": torch.ones(hidden_size), "norm.bias": torch.zeros(hidden_size)}
-        path = directory / "2_LayerNorm" / "model.safetensors"
-        write_whole(path, lambda temporary: save_file(neutral, temporary))
     for name, content in files.items():
         write_json(directory / name, content)
     stored = {}

@@ -1,5 +1,6 @@
 """The processor that a program runs on, and how fast it is."""
 
+import numpy as np
 import torch
 
 from common.options import InputError
@@ -22,6 +23,19 @@ def device_name(device):
 def peak_flops(device):
     """Operations per second of a GPU that is in PEAK_FLOPS, else None."""
     return next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in device_name(device)), None)
+
+
+def training_flops(config, lengths, masked_share=0.0):
+    """Floating-point operations to train on texts of these lengths (B,), in tokens.
+
+    Per token: 6 for each weight of a matrix that it passes (2 forward, 4 backward), and 12 C L per
+    layer for attention in a text of L tokens. In stage 1 the head is added, for the masked share of
+    tokens. GradCache's second forward pass is not counted: useful work is what the result needs."""
+    C, lengths = config.hidden_size, np.asarray(lengths, float)
+    weights = config.num_hidden_layers * (4 * C * C + 3 * C * config.intermediate_size)
+    weights += masked_share * (C * C + C * config.vocab_size)
+    attention = 12 * config.num_hidden_layers * C * (lengths**2).sum()
+    return float(6 * weights * lengths.sum() + attention)
 
 
 def fast_dtype(device):

@@ -24,10 +24,11 @@ import contrastive
 import evaluate
 import finetune
 import mlm
+from common.device import training_flops
 from common.files import read_json, write_json
 from common.options import InputError
 from common.run import Run
-from model import NomicBert, training_flops
+from model import NomicBert
 
 STAGES = (mlm, contrastive, finetune)
 each_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
