@@ -1,8 +1,7 @@
 """Predict, then measure: one thing is changed, and the difference is taken query by query.
 
 Each experiment trains two models, or reads with one in two ways, and scores both on the same
-held-out queries. Its docstring is the question. `python lab/lab.py experiment bands` measures all
-with five seeds, and writes mean and standard deviation of each difference to lab/bands.json.
+held-out queries. Its docstring is the question.
 """
 
 import dataclasses
@@ -14,14 +13,11 @@ import contrastive
 import finetune
 from bench.curve import draw_pairs
 from common.device import best_device
-from common.files import read_json, write_json
 from common.options import InputError
 from data.store import Source
 from evaluate import Retrieval, scalings, shown, summary
 from mlm import held_out_scores
 from model import NomicBert, NomicBertForMaskedLM
-
-BANDS, SEEDS = Path(__file__).parent / "bands.json", 5
 
 
 def rope(options, folder, times=8, windows=60):
@@ -97,15 +93,6 @@ def measure(options, name):
     return first - second
 
 
-def write_bands(options):
-    bands = {}
-    for name in EXPERIMENTS:
-        runs = [dataclasses.replace(options, seed=seed) for seed in range(SEEDS)]
-        means = [float(measure(run, name).mean()) for run in runs]
-        bands[name] = {"mean": np.mean(means), "deviation": np.std(means, ddof=1), "seeds": means}
-    write_json(BANDS, bands)
-
-
 def predict_and_measure(options, name):
     """Compares a prediction with what is measured. Returns both, for the record."""
     if name not in EXPERIMENTS:
@@ -116,9 +103,6 @@ def predict_and_measure(options, name):
     found = summary(measure(options, name))
     verdict = verdict_on(options.predict, found)
     print(f"\n{question}:\n{shown(found)}; you predicted {options.predict:+.3f}: {verdict}")
-    band = read_json(BANDS)[name]
-    low, high = (band["mean"] + sign * 3 * band["deviation"] for sign in (-1, 1))
-    print(f"{SEEDS} seeds, mean ± 3 deviations: {low:+.3f} to {high:+.3f}")
     return {"predicted": options.predict, **found}
 
 

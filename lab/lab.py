@@ -173,10 +173,7 @@ def main(arguments):
         case ["experiment", name]:
             from lab import experiments  # here: PyTorch takes seconds to import
 
-            if name == "bands":
-                experiments.write_bands(options)
-            else:
-                progress(options.work, name, **experiments.predict_and_measure(options, name))
+            progress(options.work, name, **experiments.predict_and_measure(options, name))
         case _:
             raise InputError(
                 "give start, check [NAME], hint NAME, answer NAME, status, run or experiment NAME"
