@@ -1,13 +1,12 @@
 """Reads the docstrings, code and comments of installed Python packages.
 
-    entries, snippets = read_packages(["stdlib", "torch"])
+    entries = read_packages(["stdlib", "torch"])
 
 Source files are parsed with `ast`; nothing is imported or run.
 """
 
 import ast
 import gc
-import importlib.metadata
 import importlib.util
 import inspect
 import re
@@ -21,48 +20,34 @@ from pathlib import Path
 SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test"}
 SKIPPED_FOLDERS |= {"_vendor", "site-packages", "dist-packages"}
 FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+DEFINITIONS = ast.ClassDef, *FUNCTIONS
+COMMENT_AND_CODE = re.compile(  # lines of a comment, and up to 20 lines that are indented as far
+    r"^([ \t]*)(# .*\n(?:[ \t]*#.*\n)*)((?:\1[ \t]*[^\s#].*\n){0,20})", re.M
+)
 
 
 @dataclass
 class Entry:
-    """A docstring: of a module, class or function; or a topic of the language reference."""
+    """A text about Python, and code that belongs to it."""
 
+    kind: str  # "docstring", "comment", or "name": a function without a docstring
     package: str
     module: str
-    name: str  # qualified: torch.nn.modules.linear.Linear.forward
-    docstring: str
-    code: str = ""  # of a function: its source without the docstring
-
-
-@dataclass
-class Snippet:
-    """Code with a few words about it: a comment and the code below it, or the qualified name of a
-    function without a docstring and its code."""
-
-    package: str
-    module: str
-    kind: str  # "comment" or "name"
-    text: str
-    code: str
+    name: str  # qualified: torch.nn.modules.linear.Linear.forward; "" of a comment
+    text: str  # the docstring, comment or name
+    code: str = ""  # a function without its docstring; the lines below a comment
 
 
 def read_packages(packages):
-    """All entries and snippets of installed packages, in the order of their files."""
+    """All entries of installed packages, in the order of their files."""
     jobs = [job for package in packages for job in source_files(package)]
     modules = {module for _, _, module in jobs}
-    entries, snippets = [], []
     with Pool(initializer=gc.disable) as pool:  # collecting garbage in syntax trees is slow
-        for found_entries, found_snippets in pool.map(read_file, jobs, chunksize=16):
-            entries += found_entries
-            snippets += found_snippets
+        entries = sum(pool.map(read_file, jobs, chunksize=16), [])
     for entry in entries:  # an attached docstring belongs to the module that its name begins with
         while entry.module not in modules and "." in entry.module:
             entry.module = entry.module.rpartition(".")[0]
-    return entries, snippets
-
-
-# ------------------------------------------------------------------------------------------------
-# Finding source files
+    return entries
 
 
 def package_root(package):
@@ -71,28 +56,12 @@ def package_root(package):
         return Path(sysconfig.get_path("stdlib"))
     try:
         spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):  # a part of a package that is missing; __main__
+    except ImportError:  # a part of a package that is missing
         return None
-    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+    if spec is None or not (spec.origin or "").endswith(".py"):
         return None
     path = Path(spec.origin)
     return path.parent if path.name == "__init__.py" else path
-
-
-def requirements_of(distribution):
-    """The installed packages that a distribution needs, directly or indirectly, without extras."""
-    found, queue = set(), [distribution]
-    while queue:
-        try:
-            needs = importlib.metadata.requires(queue.pop()) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        for need in needs:
-            name = re.match(r"\w[\w-]*", need)[0].lower().replace("-", "_")
-            if "extra ==" not in need and name not in found and package_root(name):
-                found.add(name)
-                queue.append(name)
-    return sorted(found)
 
 
 def source_files(package):
@@ -114,40 +83,40 @@ def source_files(package):
 
 
 def read_file(job):
-    """The entries and snippets of one source file."""
+    """The entries of one source file."""
     package, path, module = job
     try:
         source = path.read_text("utf-8")
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        return [], []  # a template, or written for another Python
-    lines, entries, snippets = source.splitlines(), [], []
+        return []  # a template, or written for another Python
+    lines, entries = source.splitlines(), []
 
     def visit(node, name):
         """Visits a module and all definitions in it, however deep."""
-        docstring = None
-        if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS)):
-            docstring = ast.get_docstring(node)
+        documented = isinstance(node, (ast.Module, *DEFINITIONS))
+        docstring = ast.get_docstring(node) if documented else None
         code = function_code(node, lines, docstring) if isinstance(node, FUNCTIONS) else ""
         if docstring:
-            entries.append(Entry(package, module, name, plain_text(docstring), code))
+            entries.append(Entry("docstring", package, module, name, plain_text(docstring), code))
         elif code:
-            snippets.append(Snippet(package, module, "name", name, code))
+            entries.append(Entry("name", package, module, name, name, code))
         for block in ("body", "orelse", "handlers", "finalbody"):  # also of `if`, `try`, `with`
             for child in getattr(node, block, ()):
-                defines = isinstance(child, (ast.ClassDef, *FUNCTIONS))
-                visit(child, f"{name}.{child.name}" if defines else name)
+                visit(child, f"{name}.{child.name}" if isinstance(child, DEFINITIONS) else name)
 
     visit(tree, module)
     if "add_docstr" in source or "add_newdoc" in source:
-        entries += attached_docstrings(tree, package)
+        for name, text in attached_docstrings(tree):
+            entries.append(Entry("docstring", package, name, name, plain_text(text)))
     if module == "pydoc_data.topics":  # one dictionary: topic -> section of the language reference
         topics = next(node for node in ast.walk(tree) if isinstance(node, ast.Dict))
         for key, text in ast.literal_eval(topics).items():
-            entries.append(Entry(package, f"topics.{key}", f"topics.{key}", plain_text(text)))
+            name = f"topics.{key}"
+            entries.append(Entry("docstring", package, name, name, plain_text(text)))
     for comment, code in commented_code(lines):
-        snippets.append(Snippet(package, module, "comment", comment, code))
-    return entries, snippets
+        entries.append(Entry("comment", package, module, "", comment, code))
+    return entries
 
 
 def function_code(node, lines, docstring):
@@ -159,30 +128,31 @@ def function_code(node, lines, docstring):
     return inspect.cleandoc("\n" + "\n".join(kept)) if len(node.body) > bool(docstring) else ""
 
 
-def attached_docstrings(tree, package):
-    """Docstrings that Python code attaches to compiled functions: torch's
+def attached_docstrings(tree):
+    """(name, docstring) of compiled functions, to which Python code attaches it: torch's
     `add_docstr(torch.abs, "...")`, numpy's `add_newdoc("numpy", "flatiter", "...")`."""
     shared = defaultdict(str)  # the texts that torch inserts with `.format(**common_args)`
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "parse_kwargs":
-            for text in re.split(r"\n {4}(?! )", node.args[0].value):
+    calls = [(ast.unparse(n.func), n) for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    for called, call in calls:
+        if called == "parse_kwargs":
+            for text in re.split(r"\n {4}(?! )", call.args[0].value):
                 shared[text.split(" ")[0].strip()] = text.strip()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
                 if isinstance(key, ast.Constant) and isinstance(key.value, str):
                     shared.setdefault(key.value, string_value(value, {}))
 
-    for node in ast.walk(tree):
-        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-        if not re.search(r"\badd_(docstr|docstr_all|newdoc)$", called) or len(node.args) < 2:
+    for called, call in calls:
+        if not re.search(r"\badd_(docstr|docstr_all|newdoc)$", called) or len(call.args) < 2:
             continue
-        *place, text = node.args
+        *place, text = call.args
         if isinstance(text, ast.Tuple) and len(text.elts) == 2:  # numpy: an attribute and its text
             place, text = [*place, text.elts[0]], text.elts[1]
         parts = [p.value if isinstance(p, ast.Constant) else ast.unparse(p) for p in place]
         name = ".".join(["torch.Tensor", *parts] if called.endswith("_all") else parts)
         if docstring := string_value(text, shared):
-            yield Entry(package, name, name, plain_text(inspect.cleandoc(docstring)))
+            yield name, inspect.cleandoc(docstring)
 
 
 def string_value(node, shared):
@@ -212,20 +182,9 @@ def plain_text(docstring):
 
 def commented_code(lines):
     """(comment, code below it) for each comment that has lines of its own."""
-    indents = [len(line) - len(line.lstrip()) if line.strip() else -1 for line in lines]
-    end = 0
-    for start, line in enumerate(lines):
-        if start < end or not line.lstrip().startswith("# "):
-            continue
-        end = start
-        while end < len(lines) and lines[end].lstrip().startswith("#"):
-            end += 1
-        comment = " ".join(line.strip(" \t#") for line in lines[start:end])
-        first = end
-        while end < min(len(lines), first + 20) and indents[end] >= indents[start]:
-            if lines[end].lstrip().startswith("#"):
-                break
-            end += 1
+    for match in COMMENT_AND_CODE.finditer("\n".join([*lines, ""])):
+        indent, comment, code = match.groups()
+        comment = " ".join(line.strip(" \t#") for line in comment.splitlines())
         legal = re.search(r"copyright|licen[cs]e|noqa|pyre|mypy", comment, re.I)
         if comment[:1].isupper() and not legal:
-            yield comment, "\n".join(line[indents[start] :] for line in lines[first:end])
+            yield comment, "\n".join(line[len(indent) :] for line in code.splitlines())

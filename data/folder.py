@@ -16,20 +16,17 @@ kind that the paper takes from the web (sec. 4.2), enough to adapt a model to a 
     python data/folder.py docs --add=out/pydocs    # trains on that data folder's text as well
     python data/folder.py docs --tokenizer=DIR/tokenizer.json        # another model's
 
-Use --add where there is little text: it also brings its tokenizer. The notes' own pairs then weigh
-so much that one batch in five is of them ("weight" in meta.json; `--weights` of a stage overrides
-it). If fewer than three files have headings, the task is the first of title -> document, first
-paragraph -> the rest, and first sentence -> the rest that three files have.
+Use --add where there is little text: it also brings its tokenizer, and one batch in five is of the
+notes' own pairs ("weight" in meta.json). If fewer than three files have headings, the task is the
+first of title -> document, first paragraph -> the rest, first sentence -> the rest that three have.
 """
 
-import codecs
 import itertools
-import os
 import re
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -53,10 +50,9 @@ PREFIXES = {  # in the order in which they are chosen as the task
 @dataclass
 class Options:
     out: str = ""  # the data folder to write; default: out/NAME, after the folder that is read
-    add: str = ""  # data folders to train on as well, separated by commas: out/pydocs
+    add: str = ""  # a data folder to train on as well: out/pydocs
     tokenizer: str = ""  # a tokenizer.json to use; default: that of --add, or a new one
     vocab_size: int = 8192  # of the new tokenizer [300, 1000000]
-    held_out: str = ""  # retrieval tasks that must not be trained on, separated by commas
     show: int = 0  # how many pairs to print, drawn at random from all sources [0, 1000]
 
 
@@ -79,46 +75,28 @@ class Document:
         return "\n\n".join(parts)
 
 
-# ------------------------------------------------------------------------------------------------
-# Files -> documents
-
-
-def files_in(folder):
-    """All files with one of the SUFFIXES, in the order of their names. Links to folders are
-    followed, each folder is read once, and hidden and built ones are skipped."""
-    found, visited = [], set()
-    for path, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(path) in visited:
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(path))
-        hidden = (".", "_build", "node_modules")
-        folders[:] = [name for name in folders if not name.startswith(hidden)]
-        names = [name for name in names if not name.startswith(hidden)]
-        found += [Path(path, name) for name in names if name.lower().endswith(SUFFIXES)]
-    return sorted(path for path in found if path.is_file())
-
-
 def read_document(path, name):
-    """Raises InputError for a file that is not UTF-8, and has no byte order mark of UTF-16."""
-    data = path.read_bytes()
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    """Raises InputError for a file that is not UTF-8."""
     try:
-        text = data.decode("utf-16" if utf16 else "utf-8-sig")
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise InputError(f"{path}, line {line}: not UTF-8; convert or remove the file") from None
     title, sections = read_markup(text, path.suffix.lower())
     return Document(name, title or re.sub(r"[-_]+", " ", path.stem), sections)
 
 
 def read_folder(folder):
-    """(documents, left out: name -> reason). Raises InputError for a folder without text."""
-    if not Path(folder).is_dir():
+    """(documents, left out: name -> reason) of all files with one of the SUFFIXES that are neither
+    hidden nor built. Raises InputError for a folder without text."""
+    folder, documents = Path(folder), []
+    if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give one with {', '.join(SUFFIXES)}")
-    paths = files_in(folder)
-    names = [re.sub(r"\s", " ", path.relative_to(folder).as_posix()) for path in paths]
-    documents = list(map(read_document, paths, names))  # names become ids, in files with tabs
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        skipped = any(part.startswith((".", "_build", "node_modules")) for part in parts)
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not skipped:
+            documents.append(read_document(path, "/".join(parts)))
     left_out = {d.name: "no text" for d in documents if len(words(d.text)) < 10}
     documents = [document for document in documents if document.name not in left_out]
     if not documents:
@@ -154,52 +132,59 @@ def pairs_of(document):
             yield source, query, text
 
 
-def choose_task(documents):
+def pairs_by_source(documents):
+    """source -> [(name of the file, query, text)], of nearly equal texts the first."""
+    found = {source: [] for source in PREFIXES}
+    for document in documents:
+        for source, query, text in pairs_of(document):
+            found[source].append((document.name, query, text))
+    for source, rows in found.items():
+        new = NearDuplicates().add_new([text for _, _, text in rows])
+        found[source] = list(itertools.compress(rows, new))
+    return found
+
+
+def choose_task(found):
     """The source that becomes the retrieval task, and the names of the files that have it.
 
     Raises InputError where fewer than 3 files have pairs: one is needed for each split."""
-    found, asked = {source: {} for source in PREFIXES}, set()
-    for document in documents:
-        for source, query, _ in pairs_of(document):
-            if (source, query) not in asked:
-                found[source][document.name] = None
-                asked.add((source, query))
-    for source, names in found.items():
-        if len(names) >= 3:
-            return source, list(names)
+    names = {}
+    for source, rows in found.items():
+        first = {query: name for name, query, _ in reversed(rows)}  # of equal queries the first
+        names[source] = sorted(set(first.values()))
+        if len(names[source]) >= 3:
+            return source, names[source]
     raise InputError(
-        f"{max(map(len, found.values()))} files have a section below a heading, or two sentences: "
+        f"{max(map(len, names.values()))} files have a section below a heading, or two sentences: "
         "3 are needed, one to train on, one to tune on and one to test on"
     )
 
 
-def split_files(documents, asked):
-    """name -> train, dev or test. Where a split has none of the files `asked`, the one with the
-    smallest hash is moved there."""
-    splits = {document.name: prepare.split_of(document.name) for document in documents}
-    by_hash = sorted(asked, key=lambda name: prepare.split_of(name, 50, 50) + name)
+def move_files(splits, names):
+    """Changes splits (name of a file -> train, dev or test) where one has none of these files."""
+    by_hash = sorted(names, key=lambda name: prepare.split_of(name, 50, 50) + name)
     for split in ("dev", "test", "train"):
-        count = Counter(splits[name] for name in asked)
+        count = Counter(splits[name] for name in names)
         if not count[split]:
             splits[next(name for name in by_hash if count[splits[name]] > 1)] = split
-    return splits
 
 
-def assemble(documents, splits, task):
-    """Everything that is written, as text: (name, text) of each split, pairs of each source, the
-    documents and the queries of the task."""
+def write(out, documents, tokenizer, meta, options):
+    """Writes the data folder. tokenizer: None trains one on these documents."""
+    splits = {document.name: prepare.split_of(document.name) for document in documents}
     documents = sorted(documents, key=lambda d: splits[d.name] == "train")  # held-out files first
-    texts = {"train": [], "dev": [], "test": []}
-    found = {source: [] for source in PREFIXES}  # (name of the file, query, text)
+    found = pairs_by_source(documents)
+    task, names = choose_task(found)
+    move_files(splits, names)
+
+    texts, pairs, long = {"train": [], "dev": [], "test": []}, {}, []
     for document in documents:
-        texts[splits[document.name]].append((document.name, f"{document.title}\n\n{document.text}"))
-        for source, query, text in pairs_of(document):
-            found[source].append((document.name, query, text))
-    pairs, corpus, queries, asked = {}, {}, {"dev": [], "test": []}, set()
+        split = splits[document.name]
+        texts[split].append((document.name, f"{document.title}\n\n{document.text}"))
+        if split != "train" and len(words(document.text)) >= prepare.LONG:
+            long.append(document.text)
     for source, rows in found.items():
-        new = NearDuplicates().add_new([text for _, _, text in rows])
-        found[source] = list(itertools.compress(rows, new))
-        training = [(query, text) for name, query, text in found[source] if splits[name] == "train"]
+        training = [(query, text) for file, query, text in rows if splits[file] == "train"]
         if source == "sentence-text":  # the task has the first sentence alone, training has all
             training = [
                 (sentence, f"{first} {rest}")
@@ -209,43 +194,18 @@ def assemble(documents, splits, task):
             ]
         pairs[f"stage2/{source}"] = training
     pairs[f"stage3/{task}"] = pairs[f"stage2/{task}"]
+    corpus, queries, asked = {}, {"dev": [], "test": []}, set()
     for file, query, text in found[task]:
         name = f"{file}#{len(corpus)}"
         corpus[name] = text
         if splits[file] != "train" and query not in asked:
             queries[splits[file]].append((query, [name]))
         asked.add(query)
-    return texts, pairs, corpus, queries
-
-
-def long_documents(documents, splits, others=100, questions=4):
-    """Held-out files that are long, with queries that each ask for one section of a file.
-
-    Returns (their texts, pool: name -> text, queries: (headings, [name]))."""
-    long = [document for document in documents if len(words(document.text)) >= prepare.LONG]
-    held_out = {d.name: d.text for d in long if splits[d.name] != "train"}
-    queries = []
-    for document in long:
-        if document.name in held_out:
-            chosen = [" > ".join(headings) for headings, _ in document.sections if headings]
-            chosen = [query for query in chosen if len(words(query)) >= 3]
-            step = max(1, len(chosen) // questions)
-            queries += [(query, [document.name]) for query in chosen[::step][:questions]]
-    pool = [(d.name, d.text) for d in long if splits[d.name] == "train"][:others]
-    return list(held_out.values()), {**held_out, **dict(pool)}, queries
-
-
-def write(out, documents, tokenizer, meta, options, added):
-    """Writes the data folder. tokenizer: None trains one on these documents."""
-    task, asked = choose_task(documents)
-    splits = split_files(documents, asked)
-    texts, pairs, corpus, queries = assemble(documents, splits, task)
     training = [text for _, text in texts["train"]]
     tokenizer = tokenizer or prepare.train_tokenizer(training, options.vocab_size)
-    long, tasks = long_documents(documents, splits), {task: (corpus, queries)}
-    prepare.write_folder(
-        out, tokenizer, PREFIXES, texts, pairs, tasks, long, meta, options.held_out, added
-    )
+    tasks = {task: (corpus, queries)}
+    added = [Path(options.add)] if options.add else []
+    prepare.write_folder(out, tokenizer, PREFIXES, texts, pairs, tasks, long, meta, add=added)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -256,34 +216,26 @@ def main(arguments):
     options, _ = read_options(Options, arguments)
     if len(folders) != 1:
         raise InputError(f"{len(folders)} folders given: python data/folder.py PATH")
-    began, folder = time.time(), folders[0]
+    began, folder, add = time.time(), folders[0], options.add
     out = Path(options.out or Path("out", Path(folder).resolve().name))
-    added = [Path(name) for name in options.add.split(",") if name]
-    if len({path.name for path in added}) < len(added):
-        raise InputError(
-            f"--add={options.add}: two folders have one name, and so would their sources"
-        )
-    given = [load_tokenizer(path) for path in (options.tokenizer, *added) if path]
-    if len(set(map(fingerprint, given))) > 1:
-        raise InputError("--tokenizer and --add have different tokenizers: their token ids differ")
+    given = options.tokenizer or add
+    tokenizer = load_tokenizer(given) if given else None
     documents, left_out = read_folder(folder)
-    inputs = {"script": "data/folder.py", "folder": folder, **asdict(options)}
-    for name in ("out", "show"):  # these do not change what is written
-        del inputs[name]
-    text = "\0".join(f"{d.name}\0{d.title}\0{d.text}" for d in documents)
-    metas = [fingerprint(path / "meta.json") for path in added]
-    inputs["changed"] = [fingerprint(text.encode()), *metas, *map(fingerprint, given)]
+    contents = ["\0".join(f"{d.name}\0{d.title}\0{d.text}" for d in documents).encode()]
+    contents += ([tokenizer] if given else []) + ([Path(add, "meta.json")] if add else [])
+    inputs = {"script": "data/folder.py", "folder": folder, "add": add}
+    inputs |= {"tokenizer": options.tokenizer, "vocab_size": options.vocab_size}
+    inputs["changed"] = list(map(fingerprint, contents))
     if not prepare.is_made(out, inputs):
         for name, reason in list(left_out.items())[:5]:
             print(f"  {name}: {reason}")
         files = {"read": len(documents), **Counter(left_out.values())}
         print(f"  files: {', '.join(f'{n:,} {what}' for what, n in files.items())}")
-        tokenizer, meta = given[0] if given else None, {"inputs": inputs, "files": files}
         with prepare.data_folder(out) as new:
-            write(new, documents, tokenizer, meta, options, added)
+            write(new, documents, tokenizer, {"inputs": inputs, "files": files}, options)
         print(f"wrote {out} in {time.time() - began:.0f} s")
     if options.show:
-        prepare.show_pairs(out, options.show, added)
+        prepare.show_pairs(out, options.show, [add] if add else [])
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ sections are left out. Of code the first lines are kept: people search for the n
 
 import html
 import re
+from collections import defaultdict
 
-import yaml
 from docutils.core import publish_doctree
 from docutils.nodes import TextElement, container, inline, literal_block, paragraph
 from docutils.parsers.rst import Directive, directives, roles
@@ -24,8 +24,6 @@ BOILERPLATE = re.compile(
     r"change ?log|(change|revision|version) history|bibliography|links|authors?|contributors?)\W*",
     re.I,
 )
-URL = re.compile(r"https?://[^\s)>]+|mailto:")
-FOOTNOTE = re.compile(r"\[\^[^\]]+\]:")
 
 
 def read_markup(text, suffix):
@@ -33,19 +31,14 @@ def read_markup(text, suffix):
 
     The title is "" if there is none. A section is (the headings above it, without the title; its
     prose). Sections without prose and boilerplate, such as a copyright, are left out."""
-    text = text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     read = {".md": markdown, ".markdown": markdown, ".rst": restructured}.get(suffix, plain)
-    try:
-        title, parts = read(text)
-    except RecursionError:  # hundreds of nested quotes or lists
-        title, parts = plain(text)
-    levels = [level for level, _, _ in parts if level]
+    title, parts = read(text)
+    levels = [level for level, _, _ in parts[1:]]
     if levels and levels[0] == min(levels):
-        first = next(i for i, part in enumerate(parts) if part[0])
-        _, heading, blocks = parts[first]
+        _, heading, blocks = parts[1]
         alone = levels.count(levels[0]) == 1 or not any(blocks)
         if heading == title or (alone and not title):
-            title, parts[first] = heading, (0, "", blocks)
+            title, parts[1] = heading, (0, "", blocks)
     path, sections = [], []  # path: (level, heading) of the headings above
     for level, heading, blocks in parts:
         if level:
@@ -72,47 +65,42 @@ def plain(text):
 # ------------------------------------------------------------------------------------------------
 # Both parsers give a tree of nodes, each with a kind and children
 
-SEPARATORS = {  # what stands between the children of a node; a blank line for other kinds
-    **dict.fromkeys(("tr", "row", "option_group"), ", "),
-    **dict.fromkeys(("definition_list_item", "field", "option_list_item"), ": "),
-    **dict.fromkeys(("bullet_list", "ordered_list", "enumerated_list", "list_item"), "\n"),
-    **dict.fromkeys(("definition_list", "option_list", "field_list", "line_block"), "\n"),
-    **dict.fromkeys(("table", "tgroup", "thead", "tbody"), "\n"),
-    **dict.fromkeys(("inline", "strong", "em", "link", "s"), ""),
-    "option": " ",
-}
-NOT_READ = {"comment", "substitution_definition", "target", "footnote", "citation", "raw"}
-NOT_READ |= {"system_message", "pending", "transition", "meta", "hr", "colspec"}
-MARKS = re.compile(  # what dialects of Markdown add, and nobody reads aloud
-    r"\s*\{#[\w-]+\}|\^?\[\^[^\[\]]+\]|^\[![\w-]+\][-+]?\s*"  # {#anchor}, [^footnote], [!note]
-    r"|^\[[ xX]\]\s+|\{\{[<%].*?[>%]\}\}|\{%.*?%\}|%%.*?%%"  # [x] task, {{< call >}}, %% comment %%
-    r"|!\[\[[^\[\]]*\]\]|==(?=\S)|(?<=\S)=="  # ![[file]], ==marked==
+# what stands between the children of a node; a blank line for other kinds
+SEPARATORS = {"tr": ", ", "row": ", ", "definition_list_item": ": ", "field": ": "}
+SEPARATORS |= dict.fromkeys(["inline", "strong", "em", "link", "s"], "")
+SEPARATORS |= dict.fromkeys(["bullet_list", "ordered_list", "enumerated_list", "list_item"], "\n")
+SEPARATORS |= dict.fromkeys(["definition_list", "field_list", "line_block"], "\n")
+SEPARATORS |= dict.fromkeys(["table", "tgroup", "thead", "tbody"], "\n")
+NOT_READ = ("comment", "substitution_definition", "footnote", "citation", "system_message")
+AS_IT_IS = ("code_inline", "image", "fence", "code_block", "literal_block", "doctest_block")
+URL = re.compile(r"https?://[^\s)>]+|mailto:")
+MARKS = re.compile(  # what dialects of Markdown add: {#anchor}, [^footnote], [!note], [x] task
+    r"\s*\{#[\w-]+\}|\^?\[\^[^\[\]]+\]|^\[![\w-]+\][-+]?\s*|^\[[ xX]\]\s+|!\[\[[^\[\]]*\]\]"
 )
 WIKI_LINK = re.compile(r"\[\[(?:[^\[\]|]*\|)?#?([^\[\]|]*)\]\]")  # [[page|alias]]
 
 
 def text_of(node):
     """A node of either tree as a person would read it."""
-    kind = node.type if isinstance(node, SyntaxTreeNode) else node.tagname
-    if kind in NOT_READ or (kind == "topic" and "contents" in node["classes"]):
+    in_markdown = isinstance(node, SyntaxTreeNode)
+    kind = node.type if in_markdown else node.tagname
+    if kind in NOT_READ:
         return ""
     if kind == "#text":
         return URL.sub("", node)
     if kind == "text":
         return WIKI_LINK.sub(r"\1", MARKS.sub("", URL.sub("", node.content)))
-    if kind in ("softbreak", "hardbreak") or (kind == "html_inline" and node.content[:3] == "<br"):
+    if kind in ("softbreak", "hardbreak"):
         return "\n"
-    if kind in ("code_inline", "image"):
-        return node.content if isinstance(node, SyntaxTreeNode) else node.get("alt", "")
     if kind == "html_inline":
-        return ""
-    if kind in ("fence", "code_block", "literal_block", "doctest_block"):
-        code = node.content if isinstance(node, SyntaxTreeNode) else node.astext()
-        return "\n".join(code.rstrip("\n").split("\n")[:CODE_LINES])
+        return "\n" if node.content.startswith("<br") else ""
     if kind == "html_block":
-        return html.unescape(re.sub(r"(?s)<!--(.*?-->|.*)|<[^<>]*>", "", node.content)).strip()
+        return html.unescape(re.sub(r"(?s)<!--.*?-->|<[^<>]*>", "", node.content)).strip()
+    if kind in AS_IT_IS:
+        text = node.content if in_markdown else node.astext()
+        return "\n".join(text.rstrip("\n").split("\n")[:CODE_LINES])
     if kind in ("footnote_reference", "citation_reference"):
-        return "\0"
+        return "\0"  # left out below, with the space before it
     texts = [text_of(child) for child in node.children]
     if isinstance(node, TextElement):
         return "".join(texts).replace(" \0", "").replace("\0", "")
@@ -134,29 +122,18 @@ def markdown(text):
     for node in SyntaxTreeNode(parser.parse(text)).children:
         if node.type == "heading":
             parts.append((int(node.tag[1]), " ".join(text_of(node).split()), []))
-        elif node.type != "paragraph" or not FOOTNOTE.match(node.children[0].content):
+        elif node.type != "paragraph" or not re.match(r"\[\^.+?\]:", node.children[0].content):
             parts[-1][2].append(text_of(node).strip("\n"))
     return title, parts
 
 
 def front_matter(text):
-    """(title, the text below): YAML between two lines of --- at the very beginning, or TOML between
-    two of +++. Of YAML with a mistake, as in "title: A: B", the lines that begin a field count."""
-    match = re.match(r"(---|\+\+\+)[ \t]*\n(.*?)^(?:\1|\.\.\.)[ \t]*$", text, re.S | re.M)
-    if not match:
+    """(title, the text below): fields between two lines of --- or +++ at the very beginning."""
+    match = re.match(r"(---|\+\+\+)\s*\n([\w-]+\s*[:=].*?\n)\1[ \t]*$", text, re.S | re.M)
+    if not match:  # also for a rule, and text between two of them
         return "", text
-    lines = dict(re.findall(r"^([\w-]+)[ \t]*[:=][ \t]*(.*)$", match[2], re.M))
-    try:
-        fields = yaml.safe_load(match[2]) if match[1] == "---" else lines
-    except (yaml.YAMLError, ValueError):
-        fields = lines
-    if not isinstance(fields, dict) or not fields:  # a rule, and text between two of them
-        return "", text
-    title = fields.get("title") or ""
-    title = "" if isinstance(title, dict) else title
-    title = ", ".join(map(str, title)) if isinstance(title, list) else str(title)
-    title = title.strip("\"'") if fields is lines else title
-    return " ".join(title.split()), text[match.end() :]
+    title = re.search(r"^title[ \t]*[:=][ \t]*[\"']?([^\s\"'>|].*?)[\"']?[ \t]*$", match[2], re.M)
+    return title[1] if title else "", text[match.end() :]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -166,20 +143,15 @@ SETTINGS = {"report_level": 5, "halt_level": 5, "warning_stream": False, "_disab
 SETTINGS |= {"file_insertion_enabled": False, "raw_enabled": False, "syntax_highlight": "none"}
 SETTINGS |= {"doctitle_xform": False, "docinfo_xform": False, "line_length_limit": 10**9}
 SAID = {"versionadded": "Added in", "versionchanged": "Changed in", "deprecated": "Deprecated in"}
-CODE = {"code", "code-block", "sourcecode", "prompt", "testcode", "doctest", "ipython"}
-SILENT = {"toctree", "index", "literalinclude", "currentmodule", "highlight"}
-
-
-class AnyOption(dict):
-    def __missing__(self, name):
-        return lambda value: value or ""
+CODE = ("code", "code-block", "sourcecode", "prompt", "testcode", "doctest", "ipython")
+SILENT = ("contents", "toctree", "index", "literalinclude", "currentmodule", "highlight")
 
 
 class AnyDirective(Directive):
     """Stands for a directive of Sphinx: keeps argument and content, whatever the options."""
 
     has_content, optional_arguments, final_argument_whitespace = True, 1, True
-    option_spec = AnyOption(name=str)
+    option_spec = defaultdict(lambda: directives.unchanged, name=directives.unchanged)
 
     def run(self):
         if self.name in SILENT:
@@ -201,20 +173,17 @@ def any_role(name, rawtext, text, lineno, inliner, options=None, content=()):
 
 def restructured(text):
     """As `markdown`: the title of a header such as a PEP's, and the sections."""
-    for name in {*re.findall(r"\.\. ([\w:+.-]+)::", text.lower()), *CODE}:
-        if name in CODE or name == "class" or name not in docutils_names.directives:
+    for name in re.findall(r"\.\. ([\w:+.-]+)::", text.lower()):
+        if name in (*CODE, *SILENT, "class") or name not in docutils_names.directives:
             directives.register_directive(name, AnyDirective)
-    for name in set(re.findall(r":([a-z][\w:+.-]*):`", text.lower())):
+    for name in re.findall(r":([a-z][\w:+.-]*):`", text.lower()):
         if name not in docutils_names.roles:
             roles.register_local_role(name, any_role)
     header, title = re.match(r"\s*((?:[A-Z][\w-]*:.*\n(?:[ \t]+.*\n)*)+)\n", text), ""
     if named := header and re.search(r"^Title:(.*(?:\n[ \t]+.*)*)", header[1], re.M):
         title, text = " ".join(named[1].split()), text[header.end() :]
-    # docutils takes quadratic time for a paragraph, so in a very long one nothing is markup
-    blocks = text.split("\n\n")
-    blocks = [re.sub(r"([*`|_])", r"\\\1", b) if len(b) > 10_000 else b for b in blocks]
     parts = [(0, "", [])]
-    add_sections(publish_doctree("\n\n".join(blocks), settings_overrides=SETTINGS), 1, parts)
+    add_sections(publish_doctree(text, settings_overrides=SETTINGS), 1, parts)
     return title, parts
 
 

@@ -216,26 +216,23 @@ def save_tokenizer(folder, tokenizer):
     write_whole(folder / "tokenizer.json", lambda path: tokenizer.save(str(path)))
 
 
-def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, held_out="", add=()):
+def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, add=()):
     """Writes a whole data folder from texts in memory, and prints what is in it.
 
     prefixes: source -> of its queries and documents; texts: split -> [(name, text)], for stage 1
     and search; pairs: "stage2/SOURCE" -> [(query, document)]; tasks: source -> (documents, queries)
-    as in write_task; long: (held-out long texts, documents, queries); held_out: further tasks,
-    separated by commas; add: data folders whose sources are copied."""
+    as in write_task; long: held-out long texts, for stage 1; add: data folders
+    whose sources are copied."""
     save_tokenizer(folder, tokenizer)
     for source, task in tasks.items():
         write_task(folder / "retrieval" / source, *task, prefixes[source])
-    long_texts, pool, questions = long
-    if questions:
-        write_task(folder / "long" / "pages", pool, {"test": questions}, SEARCH)
     rows = [{"_id": name, "text": text} for split in texts.values() for name, text in split]
     write_jsonl(folder / "search" / "corpus.jsonl", rows)
 
-    places = [*(folder / "retrieval").iterdir(), *filter(None, held_out.split(","))]
-    held_out, written = HeldOut(held_out_texts(places), tokenizer), {}
+    tasks_written = (folder / "retrieval").iterdir()
+    held_out, written = HeldOut(held_out_texts(tasks_written), tokenizer), {}
     documents = {split: [text for _, text in named] for split, named in texts.items()}
-    for split, column in {**documents, "long": long_texts}.items():
+    for split, column in {**documents, "long": long}.items():
         checked, stored, name = None, (), f"stage1/{split}"
         if split == "train":
             checked, stored = held_out, [path / name for path in add]

@@ -14,9 +14,8 @@ One docstring gives several kinds of pairs, as one web page did in the paper (se
     held out               whole modules of the core packages, chosen by a hash of their names:
                            dev to tune on, test to report; near duplicates are removed first
 
-    python data/pydocs.py                      # writes out/pydocs, unless it is there
-    python data/pydocs.py --show=20            # prints sampled pairs, for a person to judge
-    python data/pydocs.py --packages=pip,rich  # adds installed packages
+    python data/pydocs.py              # writes out/pydocs, unless it is there
+    python data/pydocs.py --show=20    # prints sampled pairs, for a person to judge
 """
 
 import itertools
@@ -31,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.options import InputError, cli, read_options
-from data.docstrings import package_root, read_packages, requirements_of
+from data.docstrings import package_root, read_packages
 from data.duplicates import NearDuplicates, words
 from data.prepare import (
     LONG,
@@ -46,6 +45,8 @@ from data.prepare import (
 )
 
 DEFAULT = "out/pydocs"
+NEEDED_BY_TORCH = "filelock fsspec jinja2 markupsafe mpmath networkx setuptools sympy triton"
+NEEDED_BY_TORCH += " typing_extensions"
 PREFIXES = {  # source -> prefixes of its queries and documents, chosen as in the paper (sec. 4.2.2)
     "name-docstring": SEARCH,
     "summary-code": SEARCH,
@@ -55,14 +56,12 @@ PREFIXES = {  # source -> prefixes of its queries and documents, chosen as in th
     "halves": ("clustering: ", "clustering: "),  # like StackExchange's body -> body
     "summary-body": SEARCH,
 }
-SUPERVISED = "summary-body"
 EVALUATED = ("summary-body", "summary-code")  # these are retrieval tasks too
 
 
 @dataclass
 class Options:
     out: str = DEFAULT  # the data folder to write
-    packages: str = ""  # installed packages to add to the training text, separated by commas
     core: str = "stdlib,torch,numpy,tokenizers,tqdm"  # packages with held-out modules
     vocab_size: int = 8192  # of the WordPiece tokenizer that is trained [300, 1000000]
     show: int = 0  # how many pairs to print, drawn at random from all sources [0, 1000]
@@ -103,12 +102,12 @@ def spoken(name):
 
 def pairs_of(entry):
     """(source, query, document) for every pair that an entry gives."""
-    summary, body = summary_and_body(entry.docstring)
+    summary, body = summary_and_body(entry.text)
     yield "summary-body", summary, body
     yield "summary-code", summary, entry.code
-    yield "name-docstring", spoken(entry.name), entry.docstring
-    yield "halves", *halves(entry.docstring)
-    for heading, text in sections(entry.docstring):
+    yield "name-docstring", spoken(entry.name), entry.text
+    yield "halves", *halves(entry.text)
+    for heading, text in sections(entry.text):
         yield "heading-section", f"{spoken(entry.name)} {heading}", text
 
 
@@ -129,27 +128,29 @@ def family(module):
 
 
 def without_near_duplicates(entries, packages):
-    """Of nearly equal texts, the one with the most public name in the first package."""
+    """The docstrings; of nearly equal ones that with the most public name in the first package."""
 
     def rank(entry):
         private_parts = sum(part.startswith("_") for part in entry.name.split("."))
         return packages.index(entry.package), private_parts
 
-    ranked = sorted((e for e in entries if len(words(e.docstring)) >= 3), key=rank)
-    new = NearDuplicates().add_new([entry.docstring for entry in ranked])
+    found = [e for e in entries if e.kind == "docstring" and len(words(e.text)) >= 3]
+    ranked = sorted(found, key=rank)
+    new = NearDuplicates().add_new([entry.text for entry in ranked])
     return list(itertools.compress(ranked, new))
 
 
-def assemble(entries, snippets, core):
-    """Everything that is written, as text, from entries without near duplicates."""
+def assemble(entries, docstrings, core):
+    """Everything that is written, as text. docstrings: those of the entries, without near
+    duplicates."""
 
-    def split(thing):
-        return split_of(family(thing.module)) if thing.package in core else "train"
+    def split(entry):
+        return split_of(family(entry.module)) if entry.package in core else "train"
 
     documents = {"train": [], "dev": [], "test": []}  # (name, text), for stage 1 and search
     found = {source: [] for source in PREFIXES}  # (entry, split, query, document)
-    for entry in entries:
-        documents[split(entry)].append((entry.name, f"{entry.name}\n\n{entry.docstring}"))
+    for entry in docstrings:
+        documents[split(entry)].append((entry.name, f"{entry.name}\n\n{entry.text}"))
         for source, query, document in pairs_of(entry):
             if acceptable(query, document):
                 found[source].append((entry, split(entry), query, document))
@@ -158,21 +159,22 @@ def assemble(entries, snippets, core):
         found[source] = list(itertools.compress(found[source], new))
     pairs = {}
     for source, rows in found.items():
-        name = f"stage{3 if source == SUPERVISED else 2}/{source}"
-        pairs[name] = [(q[:LONGEST], d[:LONGEST]) for _, where, q, d in rows if where == "train"]
+        training = [(q[:LONGEST], d[:LONGEST]) for _, where, q, d in rows if where == "train"]
+        stage = "stage3" if source == "summary-body" else "stage2"
+        pairs[f"{stage}/{source}"] = training
 
     held_out_code = NearDuplicates()
     held_out_code.add_new([row[-1] for row in found["summary-code"] if row[1] != "train"])
     for kind, spell in (("comment", str), ("name", spoken)):
-        own = [s for s in snippets if s.kind == kind and split(s) == "train"]
-        rows = [(spell(s.text), s.code[:LONGEST]) for s in own]
+        own = [e for e in entries if e.kind == kind and split(e) == "train"]
+        rows = [(spell(e.text), e.code[:LONGEST]) for e in own]
         rows = [row for row in rows if acceptable(*row)]
         rows = itertools.compress(rows, NearDuplicates().add_new([code for _, code in rows]))
         rows = [row for row in rows if not held_out_code.has_near(words(row[1]))]
         pairs[f"stage2/{kind}-code"] = rows
 
     tasks = {}  # source -> (all documents of core modules, queries of held-out ones)
-    asked = Counter(summary_and_body(entry.docstring)[0].lower() for entry in entries)
+    asked = Counter(summary_and_body(entry.text)[0].lower() for entry in docstrings)
     for source in EVALUATED:
         corpus, queries = {}, {"dev": [], "test": []}
         for entry, where, query, document in found[source]:
@@ -184,36 +186,14 @@ def assemble(entries, snippets, core):
     return documents, pairs, tasks
 
 
-def pages(entries):
-    """Module -> its documentation in one piece, like `help(module)`; the long ones only."""
-    texts = {}
-    for entry in entries:
-        texts.setdefault(entry.module, []).append(f"{entry.name}\n\n{entry.docstring}")
-    joined = {module: "\n\n".join(parts) for module, parts in texts.items()}
-    return {module: page for module, page in joined.items() if len(words(page)) >= LONG}
-
-
-def long_documents(entries, core, others=100, questions=4):
-    """Held-out pages, with queries that each ask for one thing on a page.
-
-    Returns (pages of held-out modules, pool: name -> page, queries: (query, [name])). The summaries
-    that became queries are removed from the page."""
-    groups = {"held out": [], "train": []}
-    for entry in entries:
-        if entry.package in core:
-            held_out = split_of(family(entry.module)) != "train"
-            groups["held out" if held_out else "train"].append(entry)
-    held_out, pool, queries = pages(groups["held out"]), {}, []
-    for module, page in held_out.items():
-        listed = [entry for entry in groups["held out"] if entry.module == module]
-        chosen = listed[1 :: max(1, len(listed) // questions)][:questions]
-        for summary, body in (summary_and_body(entry.docstring) for entry in chosen):
-            if acceptable(summary, body):
-                queries.append((summary, [module]))
-                page = page.replace(summary, "", 1)
-        pool[module] = page
-    pool.update(list(pages(groups["train"]).items())[:others])
-    return list(held_out.values()), pool, queries
+def long_documents(docstrings, core):
+    """The documentation of each held-out module in one piece, like `help(module)`, where long."""
+    modules = {}
+    for entry in docstrings:
+        if entry.package in core and split_of(family(entry.module)) != "train":
+            modules.setdefault(entry.module, []).append(f"{entry.name}\n\n{entry.text}")
+    pages = ["\n\n".join(texts) for texts in modules.values()]
+    return [page for page in pages if len(words(page)) >= LONG]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -222,25 +202,25 @@ def long_documents(entries, core, others=100, questions=4):
 def prepare(options):
     """Writes the data folder, unless it is there for the same packages and versions."""
     began, out = time.time(), Path(options.out)
-    core, added = ([p for p in names.split(",") if p] for names in (options.core, options.packages))
-    needed = requirements_of("torch") if "torch" in core else []
-    packages = list(dict.fromkeys([*core, *needed, *added]))
-    for package in (*core, *added):
+    core = [package for package in options.core.split(",") if package]
+    for package in core:
         if package_root(package) is None:
             raise InputError(
                 f"{package} is not installed here as Python source: pip install {package}"
             )
+    needed = NEEDED_BY_TORCH.split() if "torch" in core else []
+    packages = [*core, *(p for p in needed if p not in core and package_root(p))]
     inputs = {"script": "data/pydocs.py", "vocab_size": options.vocab_size, "core": core}
     inputs["versions"] = {package: version_of(package) for package in packages}
     if not is_made(out, inputs):
         with data_folder(out) as folder:
-            entries, snippets = read_packages(packages)
-            entries = without_near_duplicates(entries, packages)
-            documents, pairs, tasks = assemble(entries, snippets, core)
+            entries = read_packages(packages)
+            docstrings = without_near_duplicates(entries, packages)
+            documents, pairs, tasks = assemble(entries, docstrings, core)
             training_text = [text for _, text in documents["train"]]
             training_text += [code for _, code in pairs["stage2/summary-code"]]
             tokenizer = train_tokenizer(training_text, options.vocab_size)
-            long, meta = long_documents(entries, core), {"inputs": inputs}
+            long, meta = long_documents(docstrings, core), {"inputs": inputs}
             write_folder(folder, tokenizer, PREFIXES, documents, pairs, tasks, long, meta)
         print(f"wrote {out} in {time.time() - began:.0f} s")
     if options.show:

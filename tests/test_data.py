@@ -275,26 +275,25 @@ Subtracts. {extra}""".format(extra="Not yet"))
 def test_docstrings_code_and_comments_are_read_without_importing(tmp_path):
     path = tmp_path / "m.py"
     path.write_text(SOURCE)
-    entries, comments = docstrings.read_file(("p", path, "p.m"))
+    *entries, comment = docstrings.read_file(("p", path, "p.m"))
     by_name = {entry.name: entry for entry in entries}
     assert list(by_name) == ["p.m", "p.m.add", "module.sub"]
     add = by_name["p.m.add"]
     assert add.code.startswith("def add(a, b):\n") and "Add two" not in add.code
-    assert pydocs.summary_and_body(add.docstring)[0] == "Add two numbers."
-    assert list(pydocs.sections(add.docstring)) == [("Args", "    a: the first number")]
-    assert by_name["module.sub"].docstring == "Subtracts. Not yet"
-    (comment,) = comments
-    assert comment.text == "Check both before they are added up here"
+    assert pydocs.summary_and_body(add.text)[0] == "Add two numbers."
+    assert list(pydocs.sections(add.text)) == [("Args", "    a: the first number")]
+    assert by_name["module.sub"].text == "Subtracts. Not yet"
+    assert comment.kind == "comment" and comment.text == "Check both before they are added up here"
     assert comment.code == "check(a, b)\nreturn a + b"
     about = "About this module.", "It does two things."
-    assert pydocs.summary_and_body(by_name["p.m"].docstring) == about
+    assert pydocs.summary_and_body(by_name["p.m"].text) == about
 
 
 def test_compiled_functions_of_torch_and_numpy_are_there():
     files = [*docstrings.source_files("torch"), *docstrings.source_files("numpy")]
     names = ("_torch_docs.py", "_tensor_docs.py", "_add_newdocs.py")
-    entries = [e for f in files if f[1].name in names for e in docstrings.read_file(f)[0]]
-    documented = {entry.name: entry.docstring for entry in entries}
+    entries = [e for f in files if f[1].name in names for e in docstrings.read_file(f)]
+    documented = {entry.name: entry.text for entry in entries}
     assert documented["torch.abs"].startswith("Computes the absolute value")
     assert "the input tensor" in documented["torch.sin"], "shared texts are inserted"
     assert "torch.Tensor.add_" in documented
@@ -325,7 +324,7 @@ def test_every_process_prepares_equal_files_and_the_same_command_does_nothing(tm
 
 def test_a_missing_package_and_a_missing_folder_are_one_line_and_leave_nothing(tmp_path):
     with pytest.raises(InputError, match="no_such_package is not installed"):
-        pydocs.main([f"--out={tmp_path}/a", "--packages=no_such_package"])
+        pydocs.main([f"--out={tmp_path}/a", "--core=no_such_package"])
     with pytest.raises(InputError, match="python data/pydocs.py --out=.*a makes one"):
         pydocs.make_if_missing(str(tmp_path / "a"))
     assert not list(tmp_path.iterdir())
