@@ -1,4 +1,4 @@
-"""A folder of notes -> a data folder: Markdown, reStructuredText or plain text becomes pairs.
+"""A folder of notes -> a data folder: Markdown or plain text becomes pairs.
 
 A title and its text, headings and the section below them belong together: weak supervision of the
 kind that the paper takes from the web (sec. 4.2), enough to adapt a model to a field's vocabulary.
@@ -37,7 +37,7 @@ from data.duplicates import NearDuplicates, words
 from data.markup import read_markup
 from data.prepare import LONGEST, SEARCH
 
-SUFFIXES = (".md", ".markdown", ".rst", ".txt")
+SUFFIXES = (".md", ".markdown", ".txt")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 PREFIXES = {  # in the order in which they are chosen as the task
     "heading-section": SEARCH,

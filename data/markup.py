@@ -1,6 +1,6 @@
-"""Markdown, reStructuredText and plain text -> headings and the prose below them.
+"""Markdown and plain text -> headings and the prose below them.
 
-    title, sections = read_markup(text, ".rst")
+    title, sections = read_markup(text, ".md")
     # "Type Hints", [(("Rationale and Goals", "Non-goals"), "While the proposed typing ..."), ...]
 
 Kept is what a person would read aloud. Front matter, link targets, footnotes and boilerplate
@@ -9,12 +9,7 @@ sections are left out. Of code the first lines are kept: people search for the n
 
 import html
 import re
-from collections import defaultdict
 
-from docutils.core import publish_doctree
-from docutils.nodes import TextElement, container, inline, literal_block, paragraph
-from docutils.parsers.rst import Directive, directives, roles
-from docutils.parsers.rst.languages import en as docutils_names
 from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
 
@@ -27,12 +22,11 @@ BOILERPLATE = re.compile(
 
 
 def read_markup(text, suffix):
-    """(title, sections) of a text. suffix: of its file; .md, .markdown and .rst are markup.
+    """(title, sections) of a text. suffix: of its file; .md and .markdown are Markdown.
 
     The title is "" if there is none. A section is (the headings above it, without the title; its
     prose). Sections without prose and boilerplate, such as a copyright, are left out."""
-    read = {".md": markdown, ".markdown": markdown, ".rst": restructured}.get(suffix, plain)
-    title, parts = read(text)
+    title, parts = (markdown if suffix in (".md", ".markdown") else plain)(text)
     levels = [level for level, _, _ in parts[1:]]
     if levels and levels[0] == min(levels):
         _, heading, blocks = parts[1]
@@ -63,16 +57,12 @@ def plain(text):
 
 
 # ------------------------------------------------------------------------------------------------
-# Both parsers give a tree of nodes, each with a kind and children
+# Markdown: a tree of nodes, each with a type and children
 
-# what stands between the children of a node; a blank line for other kinds
-SEPARATORS = {"tr": ", ", "row": ", ", "definition_list_item": ": ", "field": ": "}
-SEPARATORS |= dict.fromkeys(["inline", "strong", "em", "link", "s"], "")
-SEPARATORS |= dict.fromkeys(["bullet_list", "ordered_list", "enumerated_list", "list_item"], "\n")
-SEPARATORS |= dict.fromkeys(["definition_list", "field_list", "line_block"], "\n")
-SEPARATORS |= dict.fromkeys(["table", "tgroup", "thead", "tbody"], "\n")
-NOT_READ = ("comment", "substitution_definition", "footnote", "citation", "system_message")
-AS_IT_IS = ("code_inline", "image", "fence", "code_block", "literal_block", "doctest_block")
+# what stands between the children of a node; a blank line for other types
+SEPARATORS = {"tr": ", ", **dict.fromkeys(["inline", "strong", "em", "link", "s"], "")}
+SEPARATORS |= dict.fromkeys(["bullet_list", "ordered_list", "list_item"], "\n")
+SEPARATORS |= dict.fromkeys(["table", "thead", "tbody"], "\n")
 URL = re.compile(r"https?://[^\s)>]+|mailto:")
 MARKS = re.compile(  # what dialects of Markdown add: {#anchor}, [^footnote], [!note], [x] task
     r"\s*\{#[\w-]+\}|\^?\[\^[^\[\]]+\]|^\[![\w-]+\][-+]?\s*|^\[[ xX]\]\s+|!\[\[[^\[\]]*\]\]"
@@ -81,36 +71,22 @@ WIKI_LINK = re.compile(r"\[\[(?:[^\[\]|]*\|)?#?([^\[\]|]*)\]\]")  # [[page|alias
 
 
 def text_of(node):
-    """A node of either tree as a person would read it."""
-    in_markdown = isinstance(node, SyntaxTreeNode)
-    kind = node.type if in_markdown else node.tagname
-    if kind in NOT_READ:
-        return ""
-    if kind == "#text":
-        return URL.sub("", node)
-    if kind == "text":
-        return WIKI_LINK.sub(r"\1", MARKS.sub("", URL.sub("", node.content)))
-    if kind in ("softbreak", "hardbreak"):
-        return "\n"
-    if kind == "html_inline":
-        return "\n" if node.content.startswith("<br") else ""
-    if kind == "html_block":
-        return html.unescape(re.sub(r"(?s)<!--.*?-->|<[^<>]*>", "", node.content)).strip()
-    if kind in AS_IT_IS:
-        text = node.content if in_markdown else node.astext()
-        return "\n".join(text.rstrip("\n").split("\n")[:CODE_LINES])
-    if kind in ("footnote_reference", "citation_reference"):
-        return "\0"  # left out below, with the space before it
-    texts = [text_of(child) for child in node.children]
-    if isinstance(node, TextElement):
-        return "".join(texts).replace(" \0", "").replace("\0", "")
-    separator = SEPARATORS.get(kind, "\n\n")
+    """A node as a person would read it."""
+    match node.type:
+        case "text":
+            return WIKI_LINK.sub(r"\1", MARKS.sub("", URL.sub("", node.content)))
+        case "softbreak" | "hardbreak":
+            return "\n"
+        case "html_inline":
+            return "\n" if node.content.startswith("<br") else ""
+        case "html_block":
+            text = re.sub(r"(?s)<!--.*?-->|<[^<>]*>", "", node.content)
+            return html.unescape(text).strip()
+        case "code_inline" | "image" | "fence" | "code_block":
+            return "\n".join(node.content.rstrip("\n").split("\n")[:CODE_LINES])
+    separator, texts = SEPARATORS.get(node.type, "\n\n"), map(text_of, node.children)
     text = separator.join(filter(str.strip, texts) if separator else texts)
-    return f"- {text}" if kind == "list_item" else text
-
-
-# ------------------------------------------------------------------------------------------------
-# Markdown
+    return f"- {text}" if node.type == "list_item" else text
 
 
 def markdown(text):
@@ -134,65 +110,3 @@ def front_matter(text):
         return "", text
     title = re.search(r"^title[ \t]*[:=][ \t]*[\"']?([^\s\"'>|].*?)[\"']?[ \t]*$", match[2], re.M)
     return title[1] if title else "", text[match.end() :]
-
-
-# ------------------------------------------------------------------------------------------------
-# reStructuredText
-
-SETTINGS = {"report_level": 5, "halt_level": 5, "warning_stream": False, "_disable_config": True}
-SETTINGS |= {"file_insertion_enabled": False, "raw_enabled": False, "syntax_highlight": "none"}
-SETTINGS |= {"doctitle_xform": False, "docinfo_xform": False, "line_length_limit": 10**9}
-SAID = {"versionadded": "Added in", "versionchanged": "Changed in", "deprecated": "Deprecated in"}
-CODE = ("code", "code-block", "sourcecode", "prompt", "testcode", "doctest", "ipython")
-SILENT = ("contents", "toctree", "index", "literalinclude", "currentmodule", "highlight")
-
-
-class AnyDirective(Directive):
-    """Stands for a directive of Sphinx: keeps argument and content, whatever the options."""
-
-    has_content, optional_arguments, final_argument_whitespace = True, 1, True
-    option_spec = defaultdict(lambda: directives.unchanged, name=directives.unchanged)
-
-    def run(self):
-        if self.name in SILENT:
-            return []
-        if self.name in CODE:
-            return [literal_block("", "\n".join(self.content))]
-        found = container()
-        if self.arguments:
-            argument = f"{SAID.get(self.name, '')} {self.arguments[0]}".strip()
-            found += paragraph("", "", *self.state.inline_text(argument, self.lineno)[0])
-        self.state.nested_parse(self.content, self.content_offset, found)
-        return [found]
-
-
-def any_role(name, rawtext, text, lineno, inliner, options=None, content=()):
-    """Stands for a role of Sphinx: `~module.name` and `title <target>` keep their text."""
-    return [inline(rawtext, re.sub(r"(?<=\S)\s*<[^<>]*>$", "", text).lstrip("~!"))], []
-
-
-def restructured(text):
-    """As `markdown`: the title of a header such as a PEP's, and the sections."""
-    for name in re.findall(r"\.\. ([\w:+.-]+)::", text.lower()):
-        if name in (*CODE, *SILENT, "class") or name not in docutils_names.directives:
-            directives.register_directive(name, AnyDirective)
-    for name in re.findall(r":([a-z][\w:+.-]*):`", text.lower()):
-        if name not in docutils_names.roles:
-            roles.register_local_role(name, any_role)
-    header, title = re.match(r"\s*((?:[A-Z][\w-]*:.*\n(?:[ \t]+.*\n)*)+)\n", text), ""
-    if named := header and re.search(r"^Title:(.*(?:\n[ \t]+.*)*)", header[1], re.M):
-        title, text = " ".join(named[1].split()), text[header.end() :]
-    parts = [(0, "", [])]
-    add_sections(publish_doctree(text, settings_overrides=SETTINGS), 1, parts)
-    return title, parts
-
-
-def add_sections(node, level, parts):
-    for child in node.children:
-        if child.tagname == "section":
-            parts.append((level, " ".join(text_of(child[0]).split()), []))
-            add_sections(child, level + 1, parts)
-        elif child.tagname == "field_list" and len(parts) <= 2 and not any(parts[-1][2]):
-            continue  # fields of the page, above or below its title
-        elif child.tagname != "title":
-            parts[-1][2].append(text_of(child).strip("\n"))
