@@ -21,9 +21,9 @@ The judge reads the text of pairs.jsonl, because its tokenizer may be another th
 st:NAME is any model that sentence-transformers opens. It gets the texts without prefixes.
 
 Processes share the texts to embed and the queries to compare; their number does not change the
-result. Each process has the embeddings of one block in memory: 6 GB for a million pairs at C = 768,
-half as much again while several processes add up theirs. A smaller --block needs less memory, and
-removes fewer pairs. A long job may go source by source, with --sources.
+result. Each process has one block in memory: 6 GB of embeddings for a million pairs at C = 768. A
+smaller --block needs less, and removes fewer pairs. A long job may go source by source, with
+--sources.
 """
 
 import itertools
@@ -39,17 +39,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import distributed
 from common.checkpoint import find_checkpoint
-from common.files import (
-    fingerprint,
-    load_tokenizer,
-    read_json,
-    read_json_lines,
-    write_json,
-    write_whole,
-)
+from common.files import fingerprint, load_tokenizer, read_json, read_json_lines, write_json
 from common.options import InputError, cli, read_options, split_words
 from data.prepare import data_folder, is_made, write_source
-from data.store import Source, distinct
+from data.store import distinct
 from evaluate import top_k
 from model import NomicBert
 
@@ -101,58 +94,40 @@ def judge_block(encode, pairs, prefixes, options, device):
     return distributed.compute_in_shares(verdicts, (len(pairs), 2), torch.int64).numpy()
 
 
-def judge_source(encode, path, source, options, device):
-    """Judges the pairs of a source, pairs.jsonl at `path`, in blocks of equal size, because in a
-    small last block every pair would pass. Returns bool (rows,), and for each row the row of the
-    document nearest to its query."""
-    rows, pairs, prefixes = len(source), read_pairs(path, len(source)), source.meta["prefixes"]
+def judge_source(encode, folder, options, device):
+    """Which pairs of a source stay: bool (rows,). They are judged in blocks of equal size, because
+    in a small last block every pair would pass. Removed pairs of the first block are printed."""
+    meta, kept = read_json(folder / "meta.json"), [np.empty(0, bool)]
+    rows, pairs = meta["rows"], (pair for _, pair in read_json_lines(folder / "pairs.jsonl"))
     blocks = -(-rows // options.block)
-    ends = [rows * i // blocks for i in range(blocks + 1)] if rows else []
-    verdicts = [np.empty((0, 2), int)]
-    for begin, end in tqdm(list(itertools.pairwise(ends)), source.name, disable=None):
-        # the last block takes all that is left, so that a file that is too long is noticed
-        block = list(itertools.islice(pairs, end - begin if end < rows else None))
-        verdicts.append(judge_block(encode, block, prefixes, options, device) + [0, begin])
-    kept, nearest = np.concatenate(verdicts).T
-    return kept.astype(bool), nearest
+    for number in tqdm(range(blocks), folder.name, disable=None):
+        size = rows * (number + 1) // blocks - rows * number // blocks
+        block = list(itertools.islice(pairs, size))
+        stays, nearest = judge_block(encode, block, meta["prefixes"], options, device).T
+        kept.append(stays.astype(bool))
+        if number == 0 and distributed.is_first():
+            show_removed(block, kept[-1], nearest, options.show)
+    return np.concatenate(kept)
 
 
 # ------------------------------------------------------------------------------------------------
 # Reading and writing
 
 
-def read_pairs(path, rows):
-    """The pairs of a pairs.jsonl. Raises InputError for a file that has not as many as rows."""
-    count = 0
-    for _, pair in read_json_lines(path):
-        count += 1
-        yield pair
-    if count != rows:
-        raise InputError(f"{path} has {count:,} lines, but its source has {rows:,} rows")
-
-
 def copy_data(data, folder, skipped):
     """Copies a data folder into a new one, without some names. skipped: path of a folder -> names
     in it that stay out."""
-
-    def copy(source, target):  # raises InputError where the disk is full
-        write_whole(target, lambda temporary: shutil.copy2(source, temporary))
-
-    def ignore(path, _):
-        return skipped.get(path, ())
-
-    shutil.copytree(data, folder, ignore=ignore, copy_function=copy, dirs_exist_ok=True)
+    ignore = {str(path): names for path, names in skipped.items()}
+    shutil.copytree(data, folder, ignore=lambda p, _: ignore.get(p, ()), dirs_exist_ok=True)
 
 
-def show_removed(path, kept, nearest, count):
-    """Prints removed pairs, each with the document that was found in its place."""
-    chosen = np.random.default_rng(0).permutation(np.flatnonzero(~kept))[:count]
-    wanted = {*chosen.tolist(), *nearest[chosen].tolist()}
-    pairs = {i: pair for i, pair in enumerate(read_pairs(path, len(kept))) if i in wanted}
-    for row in chosen:
-        print(f"  - {' '.join(pairs[row]['query'].split())[:80]}")
-        print(f"      removed:     {' '.join(pairs[row]['document'].split())[:80]}")
-        print(f"      found first: {' '.join(pairs[nearest[row]]['document'].split())[:80]}")
+def show_removed(pairs, kept, nearest, count):
+    """Prints removed pairs, drawn at random, each with the document that was found instead."""
+    for i in np.random.default_rng(0).permutation(np.flatnonzero(~kept))[:count]:
+        texts = pairs[i]["query"], pairs[i]["document"], pairs[nearest[i]]["document"]
+        for title, text in zip(("query", "removed", "found first"), texts, strict=True):
+            print(f"  {title + ':':13}{' '.join(text.split())[:80]}")
+        print()
 
 
 def open_judge(options, device):
@@ -172,17 +147,15 @@ def open_judge(options, device):
     return lambda texts, prefix: model.encode([prefix + text for text in texts], length)
 
 
-def write_filtered(data, out, judged, inputs, options):
+def write_filtered(data, out, judged, inputs, tokenizer):
     """Writes the data folder `out`: `data` with the pairs of some sources of stage 2 that stay.
-    judged: name -> (kept, nearest)."""
-    tokenizer, meta = load_tokenizer(data), read_json(data / "meta.json")
+    judged: name -> which pairs stay, bool (rows,)."""
+    meta = read_json(data / "meta.json")
     meta |= {"made_by": "nanoembed", "script": "data/filter.py", "inputs": inputs, "filtered": {}}
     with data_folder(out) as folder:
-        copy_data(data, folder, {str(data): ["meta.json"], str(data / "stage2"): [*judged]})
-        for name, (kept, nearest) in judged.items():
+        copy_data(data, folder, {data: ["meta.json"], data / "stage2": [*judged]})
+        for name, kept in judged.items():
             old, new, count = data / "stage2" / name, folder / "stage2" / name, int(kept.sum())
-            print(f"{name}: kept {count:,} of {len(kept):,} pairs")
-            show_removed(old / "pairs.jsonl", kept, nearest, options.show)
             meta["filtered"][name] = {"rows": len(kept), "kept": count}
             meta["rows"][f"stage2/{name}"] = count
             if count:
@@ -192,7 +165,7 @@ def write_filtered(data, out, judged, inputs, options):
                     path = new / "meta.json"
                     write_json(path, {**read_json(path), "weight": before["weight"]})
         if not any(folder.glob("stage2/*/meta.json")):
-            raise InputError(f"the judge {options.judge} keeps no pair of stage 2")
+            raise InputError("--judge: it keeps no pair of stage 2")
         write_json(folder / "meta.json", meta)
     print(f"wrote {out}")
 
@@ -209,8 +182,7 @@ def main(arguments):
     names = [path.parent.name for path in sorted(data.glob("stage2/*/meta.json"))]
     wanted = [name for name in options.sources.split(",") if name] or names
     if unknown := set(wanted) - set(names):
-        known = ", ".join(names) or "none"
-        raise InputError(f"--sources={min(unknown)}: {data}/stage2 has the sources {known}")
+        raise InputError(f"--sources={min(unknown)}: {data}/stage2 has {', '.join(names)}")
     how = {key: value for key, value in asdict(options).items() if key not in ("out", "show")}
     how["data"] = fingerprint(data / "meta.json")
     if not options.judge.startswith("st:"):
@@ -220,11 +192,12 @@ def main(arguments):
         return
     encode, judged = distributed.call_everywhere(lambda: open_judge(options, device)), {}
     for name in wanted:
-        source, path = Source(data / "stage2" / name, tokenizer), data / "stage2" / name
-        judged[name] = judge_source(encode, path / "pairs.jsonl", source, options, device)
+        judged[name] = judge_source(encode, data / "stage2" / name, options, device)
+        kept, rows = judged[name].sum(), len(judged[name])
+        distributed.print_once(f"{name}: kept {kept:,} of {rows:,} pairs")
     first = distributed.is_first()
     distributed.call_everywhere(
-        lambda: first and write_filtered(data, out, judged, inputs, options)
+        lambda: first and write_filtered(data, out, judged, inputs, tokenizer)
     )
 
 
