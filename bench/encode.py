@@ -4,8 +4,7 @@
 
 sentence-transformers is measured at its best here: half precision where it is fast, and the fastest
 batch size (it sorts by length itself). The batch size is chosen and the embeddings are compared on
-a sixth of the texts. Padding does not count as tokens. Share: of the rate of one layer's matrix
-products.
+a sixth of the texts. Padding does not count as tokens.
 """
 
 import sys
@@ -19,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import shared
-from common.device import best_device, training_flops
+from common.device import best_device
 from common.files import load_tokenizer
 from common.options import cli, read_options
 from model import NomicBert
@@ -51,7 +50,7 @@ def main(arguments):
         kwargs = {"device": str(device), "model_kwargs": {"dtype": ours.dtype}}
         theirs = SentenceTransformer(folder, **kwargs)
     shared.print_machine(ours.dtype)
-    shared.print_head("texts", "", "tokens/s", "GFLOP/s", "share", "time / ours", "smallest cosine")
+    shared.print_head("texts", "", "tokens/s", "time / ours", "smallest cosine")
 
     mix = shared.natural_mix(options.texts, rng)
     total = int(mix.sum())
@@ -62,9 +61,7 @@ def main(arguments):
     }.items():
         pieces = shared.pieces_of_text(options.data, tokenizer, lengths - 2, rng)  # [CLS] and [SEP]
         texts = [tokenizer.decode(piece.tolist()) for piece in pieces]
-        counts = [len(encoding) for encoding in tokenizer.encode_batch_fast(texts)]
-        flops = training_flops(shape, counts) / 3  # forward only
-        rate = shared.matrix_rate(shape, ours.dtype, device)
+        tokens = sum(map(len, tokenizer.encode_batch_fast(texts)))
         sample = [texts[i] for i in rng.permutation(len(texts))[: max(4, len(texts) // 6)]]
         sizes = (1, 2, 4, 8, 16, 32)
         best = shared.fastest({n: partial(theirs.encode, sample, batch_size=n) for n in sizes})
@@ -74,8 +71,7 @@ def main(arguments):
         works = [partial(encode, texts) for encode in encoders.values()]
         times = np.median(shared.time_in_turns(works, options.rounds), 0)
         for name, found, seconds in zip(encoders, embeddings, times, strict=True):
-            cells = [f"{sum(counts) / seconds:,.0f}", f"{flops / seconds / 1e9:,.0f}"]
-            cells += [f"{flops / seconds / rate:.0%}", f"{seconds / times[0]:.2f}"]
+            cells = f"{tokens / seconds:,.0f}", f"{seconds / times[0]:.2f}"
             cosine = (embeddings[0] * found).sum(1).min()
             shared.print_row(f"{title}: {len(texts):,} texts", name, *cells, f"{cosine:.4f}")
 

@@ -11,12 +11,13 @@ mean over seeds; differences are query by query.
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.shared import keep, print_head, print_machine, print_row
+from bench.shared import keep, keep_settings, print_head, print_machine, print_row
 from bench.stages import STAGES
 from common.device import best_device
 from common.files import read_json_lines
@@ -80,14 +81,14 @@ def run_row(row, seed, options):
     """Trains if the row says so. Returns {"minutes": of training, "scores": task -> nDCG@10 of each
     query}."""
     out, start = (Path(options.out, seed, slug(name)) for name in (row.name, row.start))
-    minutes, rankings = None, []
+    minutes = None
     if row.stage:
         given = [f"--data={options.data}", f"--out={out}", f"--seed={seed}", "--eval-every=0"]
         given += [f"--init={start}"] if row.start else []
         STAGES[row.stage].main([*given, *row.options.split(), *options.options.split()])
         log = [record for _, record in read_json_lines(out / "log.jsonl")]
         minutes = sum(record["tokens"] / record["tokens_per_second"] for record in log) / 60
-    tasks = Retrieval.open_all(options.data, options.split)
+    tasks, rankings = Retrieval.open_all(options.data, options.split), []
     if row.bm25:
         rankings.append([task.rank_bm25() for task in tasks])
     if row.stage or row.start:
@@ -115,8 +116,7 @@ def difference(runs, others, task):
 
 
 def print_table(results, options):
-    """results: row -> seed -> what run_row returned."""
-    print_machine(best_device(), f"seeds {options.seeds}")
+    print_machine(f"seeds {options.seeds}")
     tasks = list(next(iter(next(iter(results.values())).values()))["scores"])
     titles = [title for task in tasks for title in (task, "difference")]
     print_head("", *titles, "from", "minutes")
@@ -137,14 +137,13 @@ def main(arguments):
     for row in reversed(ROWS):  # and those that they start from, which stand above them
         chosen |= {row.start} if row.name in chosen else set()
     pydocs.make_if_missing(options.data)
-    settings, results = [options.data, options.split, options.options], {}
-    if (before := keep(Path(options.out, "settings.json"), lambda: settings)) != settings:
-        raise InputError(f"{options.out} has results of {before}: choose another --out")
+    keep_settings(options.out, options.data, options.split, options.options)
+    results = {}  # row -> seed -> what run_row returned
     for seed in options.seeds.split(","):
         for row in (row for row in ROWS if row.name in chosen):
             print(f"\n{row.name}, seed {seed}", flush=True)
             path = Path(options.out, "scores", f"{slug(row.name)}-{seed}.json")
-            run = keep(path, lambda row=row, seed=seed: run_row(row, seed, options))
+            run = keep(path, partial(run_row, row, seed, options))
             results.setdefault(row.name, {})[seed] = run
     print_table(results, options)
 

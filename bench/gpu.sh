@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What one GPU does, in minutes and as Markdown: attention, the stages with two models, compiled and
-# not, encode and training steps against other libraries, memory of large batches.
+# What one GPU does, in minutes and as Markdown: the stages with two models, encode and training
+# steps against other libraries, memory of large batches.
 #
 #     bash bench/gpu.sh | tee gpu.md       # needs a GPU, and requirements-dev.txt installed
 #     bash bench/gpu.sh --dry-run          # the same with tiny sizes, on any machine
@@ -27,15 +27,12 @@ small="$small --batch-size=8 --steps=4 --compile=false"
 pairs="--batch-size=16384 --steps=8 --query-tokens=64 --document-tokens=256"
 stages="bench/stages.py $DATA"
 
-run "Tests" "" "" -m pytest -q -k "on_a_gpu or for_the_gpu" tests/test_model.py
-run "Attention" "--tokens=65536" "--tokens=300 --heads=1 --rounds=1" bench/attention.py
+run "Tests" "" "" -m pytest -q -k gpu tests/test_model.py
 run "Stage 1, 12 layers of 768, 2,048 tokens" "--batch-size=128" "$small --seq-len=64" \
     $stages --stages=mlm --preset=paper
 run "Stage 2, the same model, 16,384 pairs through GradCache" "$pairs" "$small" \
     $stages --stages=contrastive --preset=paper
 run "Stages 1 and 2, 6 layers of 512" "" "$small" $stages --stages=mlm,contrastive --preset=gpu
-run "The same, not compiled" "--compile=false" "$small" \
-    $stages --stages=mlm,contrastive --preset=gpu
 run "encode" "--texts=500" "--texts=4 --layers=1 --hidden-size=64 --rounds=1" bench/encode.py $DATA
 run "Training steps" "--preset=paper --texts=512" "--texts=8 --tries=8 --rounds=1" \
     bench/train.py $DATA

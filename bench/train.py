@@ -29,9 +29,6 @@ from common.options import cli, read_options
 from data import store
 from model import ModelConfig, NomicBert, NomicBertForMaskedLM
 
-DEVICE = best_device()
-FAST = fast_dtype(DEVICE)
-
 
 @dataclass
 class Options:
@@ -55,42 +52,46 @@ def training_step(model, backward):
     return step
 
 
-def masked_batches(folder, texts, groups):
-    """Micro-batches as mlm.py has them, and how many tokens of all are masked."""
-    masker, batches = mlm.Masker(load_tokenizer(folder)), []
-    for group in groups:
-        part = [texts[i] for i in group]
-        seeds = [text.sum() for text in part]  # so that a text has the same mask in any order
-        tokens, cu_seqlens, *chosen = masker(part, 0.3, seeds)
-        batches.append((tokens.to(DEVICE), cu_seqlens, *(x.to(DEVICE) for x in chosen)))
-    return batches, sum(len(targets) for *_, targets in batches)
+def masked(tokenizer, texts):
+    """(ids, labels) of each text, masked as in mlm.py. Label -100: not to be predicted."""
+    tokens, cu_seqlens, positions, targets = mlm.Masker(tokenizer)(texts, 0.3, range(len(texts)))
+    labels = torch.full_like(tokens, -100).index_copy(0, positions, targets)
+    lengths = cu_seqlens.diff().tolist()
+    return list(zip(tokens.split(lengths), labels.split(lengths), strict=True))
 
 
-def rectangle(tokens, cu_seqlens, fill=0):
-    """Packed tokens (N,) -> padded ones (texts, longest)."""
-    return pad_sequence(tokens.split(cu_seqlens.diff().tolist()), True, fill)
+def rectangle(texts, fill=0):
+    """Padded texts (B, longest)."""
+    return pad_sequence(list(map(torch.as_tensor, texts)), True, fill).to(best_device())
 
 
-def features(tokens, cu_seqlens):
-    mask = rectangle(torch.ones_like(tokens), cu_seqlens)
-    return {"input_ids": rectangle(tokens, cu_seqlens), "attention_mask": mask}
+def features(texts):
+    tokens = rectangle(texts)
+    return {"input_ids": tokens, "attention_mask": (tokens != 0).long()}  # 0 is [PAD]
 
 
 def autocast():
-    return torch.autocast(DEVICE.type, FAST, enabled=FAST != torch.float32)
+    device, dtype = best_device(), fast_dtype(best_device())
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def our_model(cls, folder):
-    model = cls.from_pretrained(folder, FAST, device=DEVICE)
-    if DEVICE.type == "cuda":
+    model = cls.from_pretrained(folder, fast_dtype(best_device()), device=best_device())
+    if best_device().type == "cuda":
         getattr(model, "bert", model).compile_blocks()
     return model
 
 
 def our_mlm(folder, texts, budget):
-    model = our_model(NomicBertForMaskedLM, folder)
-    groups = store.split_by_tokens(list(map(len, texts)), budget)
-    batches, total = masked_batches(folder, texts, groups)
+    """texts: (ids, labels)."""
+    model, batches = our_model(NomicBertForMaskedLM, folder), []
+    for group in store.split_by_tokens([len(ids) for ids, _ in texts], budget):
+        ids, labels = zip(*(texts[i] for i in group), strict=True)
+        labels = torch.cat(labels)
+        positions = (labels >= 0).nonzero()[:, 0]
+        chosen = positions.to(best_device()), labels[positions].to(best_device())
+        batches.append((*store.pack(ids, best_device()), *chosen))
+    total = sum(len(targets) for *_, targets in batches)
     backward = partial(mlm.backward_in_chunks, model, total=total)
     return training_step(model, lambda: sum(map(backward, batches)))
 
@@ -98,18 +99,17 @@ def our_mlm(folder, texts, budget):
 def their_mlm(folder, texts, size):
     from transformers import AutoModelForMaskedLM
 
-    model = AutoModelForMaskedLM.from_pretrained(folder).to(DEVICE).train()
-    order = np.array(sorted(range(len(texts)), key=lambda i: -len(texts[i])))
-    batches, total = masked_batches(folder, texts, np.split(order, range(size, len(texts), size)))
+    model = AutoModelForMaskedLM.from_pretrained(folder).to(best_device()).train()
+    texts = sorted(texts, key=lambda text: -len(text[0]))
+    batches = [zip(*texts[i : i + size], strict=True) for i in range(0, len(texts), size)]
+    batches = [(features(ids), rectangle(labels, -100)) for ids, labels in batches]
+    masked = [(labels >= 0).sum() for _, labels in batches]
 
     def backward():
         loss = 0.0
-        for tokens, cu_seqlens, positions, targets in batches:
-            labels = torch.full_like(tokens, -100).index_copy(0, positions, targets)
-            labels = rectangle(labels, cu_seqlens, -100)  # -100: not to be predicted
+        for (inputs, labels), count in zip(batches, masked, strict=True):
             with autocast():
-                part = model(**features(tokens, cu_seqlens), labels=labels).loss
-            part = part * (len(targets) / total)
+                part = model(**inputs, labels=labels).loss * (count / sum(masked))
             part.backward()
             loss += part.detach()
         return loss
@@ -133,9 +133,9 @@ def their_pairs(folder, pairs, size):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import losses
 
-    model = SentenceTransformer(folder, device=str(DEVICE)).train()
+    model = SentenceTransformer(folder, device=str(best_device())).train()
     loss_of = losses.CachedMultipleNegativesRankingLoss(model, scale=50.0, mini_batch_size=size)
-    sides = [features(*store.pack(side, DEVICE)) for side in zip(*pairs, strict=True)]
+    sides = [features(side) for side in zip(*pairs, strict=True)]
 
     def backward():
         with autocast():  # backward too: it runs forward once more
@@ -148,6 +148,9 @@ def their_pairs(folder, pairs, size):
 
 def main(arguments):
     options, _ = read_options(Options, arguments)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
     sizes, rng = shared.whole_numbers(options.tries), np.random.default_rng(0)
     stage, _ = read_options(contrastive.Config, [f"--preset={options.preset}"], contrastive.PRESETS)
     tokenizer = load_tokenizer(options.data)
@@ -162,11 +165,11 @@ def main(arguments):
     queries = shared.pieces_of_text(options.data, tokenizer, short, rng)
     pairs = list(zip(queries, texts, strict=True))
     lengths = f"texts of {np.median(mix):.0f} tokens in the median, {mix.max():,} at most"
-    shared.print_machine(FAST, lengths)
-    shared.print_head("step", "", "first loss", "tokens/s", "texts/s", "time / ours")
+    shared.print_machine(fast_dtype(best_device()), lengths)
+    shared.print_head("step", "", "first loss", "tokens/s", "time / ours")
 
     tasks = {  # rows, tokens, ours, theirs
-        "MLM": (texts, mix.sum(), our_mlm, their_mlm),
+        "MLM": (masked(tokenizer, texts), mix.sum(), our_mlm, their_mlm),
         "pairs": (pairs, mix.sum() + short.sum(), our_pairs, their_pairs),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -179,9 +182,9 @@ def main(arguments):
             steps["ours"]()  # its second step may be compiled again, for other shapes
             taken = shared.time_in_turns(steps.values(), options.rounds)
             for name, loss, times in zip(steps, losses, taken.T, strict=True):
-                speeds = f"{tokens / np.median(times):,.0f}", f"{len(rows) / np.median(times):,.1f}"
+                cells = f"{loss:.4f}", f"{tokens / np.median(times):,.0f}"
                 ratio = f"{np.median(times / taken[:, 0]):.2f}"
-                shared.print_row(f"{task}, {tokens:,} tokens", name, f"{loss:.4f}", *speeds, ratio)
+                shared.print_row(f"{task}, {tokens:,} tokens", name, *cells, ratio)
 
 
 if __name__ == "__main__":

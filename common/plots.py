@@ -12,15 +12,8 @@ matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0"
-STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "font.size": 9,
-    "legend.frameon": False,
-    "lines.linewidth": 1,
-}
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+plt.rcParams |= {"grid.alpha": 0.3, "font.size": 9, "legend.frameon": False, "lines.linewidth": 1}
 TITLES = {
     "mlm": "1. masked language modelling",
     "contrastive": "2. contrastive pretraining",
@@ -46,8 +39,7 @@ def plot_all(out):
         if content:
             path = out / f"{name}.png"
             try:
-                with plt.rc_context(STYLE):
-                    save_figure(draw(content), path)
+                save_figure(draw(content), path)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{out}: no picture of {name} from its files: {error!r}") from None
             made.append(path)

@@ -1,6 +1,7 @@
 """The benches: estimates against the operations that torch counts, and the tables of experiments.
-What bench/parity.py and attention.py measure is tested elsewhere."""
+What bench/parity.py measures is tested in test_parity.py."""
 
+import os
 import subprocess
 import sys
 import time
@@ -17,24 +18,18 @@ from bench import curve, estimate, experiments
 from common.files import load_tokenizer, write_json
 from common.options import InputError
 from data.prepare import write_source
-from data.store import Source, open_sources, pack
+from data.store import open_sources, pack
 from model import Block, ModelConfig, NomicBert, NomicBertForMaskedLM, find_segments
 
 
-def sentence(*seed, words=12):
-    parts = ("ba", "ko", "mi", "tu", "re", "sol", "ven", "dar")
-    rng = np.random.default_rng([*seed, 1])  # without it, (5, 0) would be the same as (5,)
-    return " ".join("".join(rng.choice(parts, 4)) for _ in range(words))
-
-
 def test_the_operations_of_stage_2_are_those_that_torch_counts_in_a_step(tokenizer, tmp_path):
-    rows = [{"query": sentence(i), "document": sentence(i, words=9 * i + 1)} for i in range(8)]
+    rows = [{"query": f"number {i}", "document": "two words " * (9 * i + 1)} for i in range(8)]
     write_source(tmp_path / "stage2" / "pairs", rows, dict.fromkeys(rows[0], ""), tokenizer)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     write_json(tmp_path / "meta.json", {})
     config = contrastive.Config(data=str(tmp_path), batch_size=8, hidden_size=64)
     shape, _, tokens, operations = estimate.step_of("contrastive", config)
-    source = Source(tmp_path / "stage2" / "pairs", tokenizer)
+    (source,) = open_sources(tmp_path / "stage2", tokenizer)
     texts = source.texts("query", range(8), config.query_tokens)
     texts += source.texts("document", range(8), config.document_tokens)
     model = NomicBert(shape)
@@ -75,7 +70,7 @@ def test_what_a_block_keeps_for_the_backward_pass_is_what_autograd_saves(N=128):
 
 PAPER = {  # 839 billion tokens in stage 1; in stage 2, 16,384 documents of 768 float32 numbers
     "mlm": ["parameters | 137,323,008 |", "| tokens, 100,000 steps | 8.39e+11 |"],
-    "contrastive": ["parameters | 136,731,648 |", "embeddings, MiB | 0 | 48 |"],
+    "contrastive": ["parameters | 136,731,648 |", "messages: embeddings, MiB | 48 |"],
     "finetune": ["parameters | 136,731,648 |", "tokens, 6,612 steps"],
 }
 
@@ -95,7 +90,7 @@ def times_of(paths):
 
 
 def test_a_killed_table_continues_and_runs_no_row_twice(data, tmp_path, capsys):
-    arguments = [f"--data={data}", f"--out={tmp_path}/out", "--rows=stage 3 without"]
+    arguments = [f"--data={data}", f"--out={tmp_path}/out", "--rows=stage 3 without stage"]
     arguments += [f"--options={SHAPE} --batch-size=4 --steps=2"]
     command = [sys.executable, ROOT / "bench" / "experiments.py", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
@@ -108,10 +103,9 @@ def test_a_killed_table_continues_and_runs_no_row_twice(data, tmp_path, capsys):
     experiments.main(arguments)
     assert before == times_of(before)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "±" in line]
-    names = [row[0].removeprefix("| ") for row in rows]
-    needed = ["after stage 1", "after stage 2", "stage 2 without stage 1"]
+    needed = ["after stage 1", "stage 2 without stage 1"]
     needed += ["stage 3 without stage 1", "stage 3 without stage 2"]
-    assert names == [*needed, "stage 3 without hard negatives", *names[6:]] and len(names) == 7
+    assert [row[0].removeprefix("| ") for row in rows] == needed
     for option, message in (("--options=", "has results of"), ("--rows=before", "the rows are")):
         with pytest.raises(InputError, match=message):
             experiments.main([*arguments, option])
@@ -131,7 +125,7 @@ def test_the_curve_of_pairs_has_a_line_for_each_start_and_continues(data, tmp_pa
     options += ["--rates=1e-3", "--seeds=0", f"--options={SHAPE}"]
     curve.main(options)
     scores = times_of((tmp_path / "out/scores").iterdir())
-    assert {p.name for p in scores} == {"random-weights-30-1e-3-0.json", "8-30-1e-3-0.json"}
+    assert {path.name for path in scores} == {"0-30-1e-3-0.json", "8-30-1e-3-0.json"}
     sources = open_sources(tmp_path / "out/pairs-30-0/stage2", load_tokenizer(data))
     assert abs(sum(map(len, sources)) - 30) <= 4 and (tmp_path / "out/curve.png").is_file()
     capsys.readouterr()
@@ -139,13 +133,24 @@ def test_the_curve_of_pairs_has_a_line_for_each_start_and_continues(data, tmp_pa
     shown = capsys.readouterr().out
     assert "| 30 |" in shown and "summary-code" in shown
     assert scores == times_of(scores), "no point is computed twice"
+    with pytest.raises(InputError, match="few: give whole numbers with commas"):
+        curve.main([*options, "--sizes=few"])
 
 
 def test_each_line_of_the_curve_has_the_rate_that_is_best_on_dev_in_the_first_seed():
     def scores(dev, test):
         return {"dev": {"x": [dev]}, "test": {"x": test}}
 
-    runs = {("8", 30, "1e-3", 0): scores(0.2, [0.9, 0.9])}
-    runs |= {("8", 30, "3e-3", 0): scores(0.3, [0, 1]), ("8", 30, "3e-3", 1): scores(0.0, [1, 1])}
-    rate, found = curve.point_of(runs, "8", 30)
+    runs = {("1e-3", 0): scores(0.2, [0.9, 0.9])}
+    runs |= {("3e-3", 0): scores(0.3, [0, 1]), ("3e-3", 1): scores(0.0, [1, 1])}
+    rate, found = curve.point_of(runs)
     assert rate == "3e-3" and found["x"].tolist() == [0.5, 1.0]
+
+
+def test_the_dry_run_of_the_gpu_script_runs_each_of_its_commands(data):
+    """With tiny sizes, on any machine. A command that fails makes it fail."""
+    environment = {**os.environ, "PYTHON": sys.executable, "DATA": str(data)}
+    command = ["bash", ROOT / "bench" / "gpu.sh", "--dry-run"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    assert result.stdout.count("### ") == 7 and "failed" not in result.stdout
