@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.shared import keep, keep_settings, print_head, print_machine, print_row
+from bench import shared
 from bench.stages import STAGES
 from common.device import best_device
 from common.files import read_json_lines
@@ -116,17 +116,19 @@ def difference(runs, others, task):
 
 
 def print_table(results, options):
-    print_machine(f"seeds {options.seeds}")
+    shared.print_machine(f"seeds {options.seeds}")
     tasks = list(next(iter(next(iter(results.values())).values()))["scores"])
     titles = [title for task in tasks for title in (task, "difference")]
-    print_head("", *titles, "from", "minutes")
+    shared.print_head("", *titles, "from", "minutes")
     for row in (row for row in ROWS if row.name in results):
         runs, others = results[row.name], results.get(row.against, {})
         cells = []
         for task in tasks:
             cells += [mean_score(runs, task), difference(runs, others, task)]
         minutes = [run["minutes"] for run in runs.values()] if row.stage else []
-        print_row(row.name, *cells, row.against, f"{np.mean(minutes):.1f}" if minutes else "")
+        shared.print_row(
+            row.name, *cells, row.against, f"{np.mean(minutes):.1f}" if minutes else ""
+        )
 
 
 def main(arguments):
@@ -137,13 +139,13 @@ def main(arguments):
     for row in reversed(ROWS):  # and those that they start from, which stand above them
         chosen |= {row.start} if row.name in chosen else set()
     pydocs.make_if_missing(options.data)
-    keep_settings(options.out, options.data, options.split, options.options)
+    shared.keep_settings(options.out, options.data, options.split, options.options)
     results = {}  # row -> seed -> what run_row returned
-    for seed in options.seeds.split(","):
+    for seed in map(str, shared.whole_numbers(options.seeds)):
         for row in (row for row in ROWS if row.name in chosen):
             print(f"\n{row.name}, seed {seed}", flush=True)
             path = Path(options.out, "scores", f"{slug(row.name)}-{seed}.json")
-            run = keep(path, partial(run_row, row, seed, options))
+            run = shared.keep(path, partial(run_row, row, seed, options))
             results.setdefault(row.name, {})[seed] = run
     print_table(results, options)
 

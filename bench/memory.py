@@ -1,6 +1,6 @@
 """Peak memory of a contrastive step as the batch grows, with and without GradCache.
 
-    python bench/memory.py                         # the laptop model, up to 16,384 pairs: minutes
+    python bench/memory.py                         # the laptop model: some minutes
     python bench/memory.py --preset=paper --batches=1024,4096,16384,65536 --longest=1024    # a GPU
 
 With GradCache the activations of one micro-batch are in memory at a time. What grows with the batch

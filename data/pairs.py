@@ -8,13 +8,12 @@
     python data/pairs.py faq.jsonl:search_query:search_document         # or of each, the default
     python data/pairs.py news.jsonl --columns=title,body --text=wiki.jsonl.gz
     python data/pairs.py --paper --sources=squad,eli5 --limit=10000     # a sample, from the hub
-    python data/pairs.py --paper --local=DIR                # prefers copies, as DIR/squad.jsonl.gz
 
-A file is a source, and so is a folder of files. Its first 10,000 rows give up to --queries
-held-out queries: a retrieval task of its name. The documents are the text of stage 1, unless --text
-names files. Faulty rows are left out and counted by reason. Parquet and the hub are read with the
-`datasets` library. data/paper.tsv lists the paper's sources. This was never run against the hub
-itself, only on local files of each form.
+A file is a source (`cat` joins gzipped shards). Its first 10,000 rows give up to
+--queries held-out queries: a retrieval task of its name. The documents are the text of stage 1,
+unless --text names files. Faulty rows are left out and counted by reason. Parquet and the hub are
+read with the `datasets` library. data/paper.tsv lists the paper's sources. This was never run
+against the hub itself, only on local files of each form.
 """
 
 import csv
@@ -53,7 +52,6 @@ class Options:
     limit: int = 0  # rows of each source; 0: all [0, 1e12]
     show: int = 0  # how many pairs to print, drawn at random from all sources [0, 1000]
     paper: bool = False  # read the sources of data/paper.tsv
-    local: str = ""  # with --paper: a folder of local copies, files or folders named as the source
     sources: str = ""  # with --paper: names, with commas; default: all that can be read
 
 
@@ -65,7 +63,7 @@ class Pairs:
     stage: int  # 2 or 3; 1: documents alone
     prefixes: dict  # of query and document
     places: list  # files, here or on the hub (hf://...), or data sets of the hub: "NAME CONFIG"
-    columns: list  # names of query, document and negatives; rows may have COLUMNS instead
+    columns: list  # names of query, document and negatives
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,9 +127,7 @@ def pairs_in(row, source):
     elif isinstance(row, dict) and None in row:  # csv.DictReader's name for what is left over
         raise ValueError("more fields than the header")
     elif isinstance(row, dict):
-        known = (names for names in (source.columns, COLUMNS) if set(names[:2]) <= set(row))
-        names = next(known, source.columns)
-        query, documents, negatives = (row.get(name) for name in [*names, None][:3])
+        query, documents, negatives = (row.get(name) for name in [*source.columns, None][:3])
     else:
         raise ValueError("not a JSON object")
     documents = documents if isinstance(documents, list) else [documents]
@@ -253,25 +249,21 @@ def make(sources, options, inputs):
 # The command line
 
 
-def files_of(path):
-    """A file, or those of a folder."""
-    files = [path]
-    if Path(path).is_dir():
-        files = [str(p) for p in sorted(Path(path).iterdir()) if SUFFIX.search(p.name)]
-    if not files or not all(Path(file).is_file() and SUFFIX.search(file) for file in files):
-        raise InputError(f"{path}: no .jsonl, .csv or .parquet file, and no folder of some")
-    return files
-
-
 def source_of(argument, stage, columns):
     """The source of PATH, PATH:PREFIX or PATH:QUERY PREFIX:DOCUMENT PREFIX, with hub names too."""
     path, *tasks = argument.split(":")
     if len(tasks) > 2 or "" in tasks:
         raise InputError(f"{argument}: give FILE, FILE:PREFIX or FILE:QUERY PREFIX:DOCUMENT PREFIX")
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+( [\w.-]+)?", path) and not SUFFIX.search(path)
-    places = [path] if on_hub and not Path(path).exists() else files_of(path)
+    if not on_hub:
+        check_file(path)
     prefixes = prefixes_of(tasks or ["search_query", "search_document"])
-    return Pairs(SUFFIX.sub("", Path(path).resolve().name), stage, prefixes, places, columns)
+    return Pairs(SUFFIX.sub("", Path(path).resolve().name), stage, prefixes, [path], columns)
+
+
+def check_file(path):
+    if not Path(path).is_file() or not SUFFIX.search(path):
+        raise InputError(f"{path}: there is no such .jsonl, .csv or .parquet file")
 
 
 def prefixes_of(tasks):
@@ -285,22 +277,20 @@ def paper_table():
     return list(csv.DictReader((line for line in rows if line[:1] != "#"), delimiter="\t"))
 
 
-def paper_sources(names, local):
+def paper_sources(names):
     """The sources of the paper with these names, or all, and the places of the text of stage 1."""
     table, sources, text = {row["name"]: row for row in paper_table()}, [], []
     if unknown := set(names) - set(table):
         raise InputError(f"--sources: {min(unknown)} is not in data/paper.tsv")
-    copies = {SUFFIX.sub("", p.name): str(p) for p in Path(local).iterdir()} if local else {}
     for name in names or table:
-        row = table[name]
-        places = files_of(copies[name]) if name in copies else [row["public"].lstrip("?")]
-        if not places[0]:
-            print(f"{name} has no public copy; --local=DIR takes one of yours")
+        row, place = table[name], table[name]["public"].lstrip("?")
+        if not place:
+            print(f"{name} has no public copy: give yours as a file")
         elif row["stage"] == "1":
-            text += places
+            text.append(place)
         else:
             prefixes, columns = prefixes_of(row["prefix"].split(":")), row["columns"].split(",")
-            sources.append(Pairs(name, int(row["stage"]), prefixes, places, columns))
+            sources.append(Pairs(name, int(row["stage"]), prefixes, [place], columns))
     return sources, text
 
 
@@ -313,10 +303,12 @@ def main(arguments):
     )
     if not 2 <= len(columns) <= 3:
         raise InputError(f"--columns={options.columns}: give two names, or three with negatives")
-    sources, places = paper_sources(names, options.local) if options.paper else ([], [])
+    sources, places = paper_sources(names) if options.paper else ([], [])
     sources += [source_of(file, 2, columns) for file in files]
     sources += [source_of(file, 3, columns) for file in stage3]
-    places += [file for path in text for file in files_of(path)]
+    for path in text:
+        check_file(path)
+    places += text
     sources += [Pairs("--text", 1, {}, places, ["text", "text"])] if places else []
     if not sources:
         raise InputError("no sources: python data/pairs.py FILES, or --paper")

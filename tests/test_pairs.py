@@ -213,8 +213,8 @@ COMMANDS = [
     (["other.jsonl"], "other: no query in row 1: .*; its columns should be query, document, neg"),
     (["commas.csv"], "commas: more fields than the header in row 1"),
     (["blank.jsonl"], "blank: no rows"),
-    (["empty"], "empty: no .jsonl, .csv or .parquet file"),
-    (["missing.jsonl"], r"missing\.jsonl: no .jsonl"),
+    (["missing.jsonl"], r"missing\.jsonl: there is no such .jsonl, .csv or .parquet file"),
+    (["good.txt"], r"good\.txt: there is no such"),
     (["good.jsonl", "--stage3=good.jsonl"], "two sources have one name, rename a file: good"),
     (["good.jsonl", "--columns=a"], "--columns=a: give two names"),
     (["good.jsonl:a:b:c"], "good.jsonl:a:b:c: give FILE, FILE:PREFIX or"),
@@ -234,7 +234,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, argumen
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and then nothing")
     save(tmp_path / "other.jsonl", [{"question": "a", "answer": "b"}] * 30)
     save(tmp_path / "good.jsonl", pairs(30))
-    (tmp_path / "empty").mkdir()
     (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "commas.csv").write_text("query,document\na question,an answer, with a comma\n")
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -258,24 +257,22 @@ def test_the_table_is_that_of_the_paper():
     assert [tasks.count(t) for t in ("clustering", "classification", "search")] == [9, 12, 8]
 
 
-def test_shards_parquet_and_text_become_one_data_folder(tmp_path):
-    local, out = tmp_path / "local", tmp_path / "out"
-    for i in range(3):  # the published form: a folder of shards
-        save(local / f"squad/shard-0000{i}.jsonl.gz", pairs(40, 2, start=40 * i))
-    wiki = [{"title": sentence(i, 3), "text": sentence(9000 + i, 30)} for i in range(80)]
-    save(local / "wikipedia.parquet", wiki)
+def test_the_sources_of_the_paper_have_its_prefixes_and_a_place_where_there_is_one(capsys):
+    sources, text = script.paper_sources(["squad", "msmarco", "medi-wiki", "wikipedia-text"])
+    assert text == ["wikimedia/wikipedia 20231101.en"] and "medi-wiki" in capsys.readouterr().out
+    squad, msmarco = sources
+    assert (squad.stage, squad.prefixes["query"]) == (2, "search_query: ")
+    assert squad.places[0].endswith("/squad_pairs.jsonl.gz") and squad.columns == ["0", "1"]
+    assert (msmarco.stage, msmarco.columns) == (3, ["query", "pos", "neg"])
+    assert len(script.paper_sources([])[0]) == 33
+
+
+def test_rows_of_the_public_forms_become_one_data_folder(tmp_path):
     triples = [(sentence(i), [sentence(400 + i)], [sentence(800 + i)]) for i in range(60)]
     triples = [dict(zip(("query", "pos", "neg"), row, strict=True)) for row in triples]
-    save(local / "msmarco.jsonl.gz", triples)
+    triples = save(tmp_path / "msmarco.jsonl.gz", triples)
     text = [{"title": "t", "text": sentence(50_000 + i, 50)} for i in range(400)]
-    save(local / "wikipedia-text/a.parquet", text)
-    chosen = "--sources=squad,wikipedia,msmarco,wikipedia-text,medi-wiki"
-    rows = prepare(out, "--paper", f"--local={local}", chosen)["rows"]
-    assert rows == {
-        "stage2/squad": 108, "stage2/wikipedia": 72, "stage3/msmarco": 54, "stage1/train": 360
-    }  # fmt: skip
-    tokenizer = load_tokenizer(out)
-    squad, wikipedia = (Source(out / "stage2" / name, tokenizer) for name in ("squad", "wikipedia"))
-    assert squad.meta["prefixes"]["query"] == "search_query: " and "negative" in squad.columns
-    assert wikipedia.meta["prefixes"]["document"] == "classification: "
-    assert all(len(own) == 1 for _, _, own in stored(out / "stage3/msmarco"))
+    text = save(tmp_path / "text.parquet", text)
+    rows = prepare(tmp_path / "out", triples, f"--text={text}", "--columns=query,pos,neg")["rows"]
+    assert rows == {"stage2/msmarco": 54, "stage1/train": 360}
+    assert all(len(own) == 1 for _, _, own in stored(tmp_path / "out/stage2/msmarco"))

@@ -95,5 +95,5 @@ def test_every_file_that_a_page_names_exists(page):
     text = (ROOT / page).read_text()
     names = re.findall(r"`([\w/]+\.(?:py|txt|md|sh|tsv))`", text)
     names += [f"{os.path.dirname(page)}/{n}" for n in re.findall(r"\]\(([\w/.]+)\)", text)]
-    missing = [n for n in names if not (ROOT / n.lstrip("/")).exists() and n != "docs/gpu.md"]
+    missing = [n for n in names if not (ROOT / n.lstrip("/")).exists()]
     assert names and not missing, missing
