@@ -21,7 +21,7 @@ from bench import shared
 from common.device import best_device
 from common.files import load_tokenizer
 from common.options import cli, read_options
-from model import NomicBert
+from model import ModelConfig, NomicBert
 
 
 @dataclass
@@ -40,9 +40,10 @@ def main(arguments):
     device, rng = best_device(), np.random.default_rng(0)
     tokenizer = load_tokenizer(options.data)
     torch.manual_seed(0)
-    vocab_size = -(-tokenizer.get_vocab_size() // 64) * 64
-    shape = shared.published_shape(options.layers, options.hidden_size, vocab_size=vocab_size)
-    model = NomicBert(shape)
+    size = options.hidden_size
+    shape = {"num_hidden_layers": options.layers, "hidden_size": size}
+    shape |= {"num_attention_heads": max(1, size // 64), "intermediate_size": 4 * size}
+    model = NomicBert(ModelConfig(-(-tokenizer.get_vocab_size() // 64) * 64, **shape))
     model.tokenizer = tokenizer
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

@@ -17,7 +17,6 @@ from common.device import best_device, device_name
 from common.files import write_text
 from common.options import InputError
 from data.store import Source
-from model import ModelConfig
 
 
 def print_row(*cells):
@@ -61,12 +60,6 @@ def split_options(options_class, arguments):
     known = {field.name for field in fields(options_class)} | {"h", "help"}
     own = [a for a in arguments if a.split("=")[0].lstrip("-").replace("-", "_") in known]
     return own, [a for a in arguments if a not in own]
-
-
-def published_shape(layers, C, **more):
-    """The shape of nomic-bert-2048, or one like it with fewer layers or a smaller hidden size."""
-    more |= {"num_attention_heads": max(1, C // 64), "intermediate_size": 4 * C}
-    return ModelConfig(num_hidden_layers=layers, hidden_size=C, **more)
 
 
 def seconds_of(work):

@@ -1,5 +1,4 @@
-"""The benches: estimates against the operations that torch counts, and the tables of experiments.
-What bench/parity.py measures is tested in test_parity.py."""
+"""The benches: estimates against the operations that torch counts, and tables of experiments."""
 
 import os
 import subprocess

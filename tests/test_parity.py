@@ -1,5 +1,5 @@
 """Our model equals transformers' own NomicBert, and our directories open in transformers and
-sentence-transformers. `bench/parity.py` measures the whole grid at the published size."""
+sentence-transformers."""
 
 from functools import partial
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from bench.parity import deviation, deviations, theirs
 from common.options import InputError
 from data.store import pack
 from data.tasks import PREFIXES
@@ -35,6 +34,33 @@ TEXTS = [
     "some more words and others " * 120,
     "word " * 9000,  # truncated at 8,192 tokens
 ]
+
+
+def theirs(cls, directory):
+    """Their model from our directory: all weights are found, none is left over."""
+    model, loading = cls.from_pretrained(directory, output_loading_info=True)
+    assert not any(loading.values()), loading
+    return model.eval()
+
+
+def deviation(ours, theirs):
+    """The largest difference, over the largest value."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@torch.no_grad()
+def deviations(model, other, length):
+    """Of hidden states, of pooled embeddings and of MLM logits, for one text of random tokens."""
+    ids = np.random.default_rng(length).integers(5, model.config.vocab_size, length)
+    tokens, cu_seqlens = pack([ids])
+    other.nomic_bert(torch.ones(1, 1, dtype=torch.long))  # it keeps the angles of the longest text
+    hidden, expected = model.bert(tokens, cu_seqlens), other.nomic_bert(tokens[None])[0][0]
+    mean = torch.nn.functional.normalize(expected.mean(0, keepdim=True))
+    return (
+        deviation(hidden, expected),
+        deviation(model.bert.pool(hidden, cu_seqlens), mean),
+        deviation(model.cls["predictions"](hidden[:256]), other.cls(expected[:256])),
+    )
 
 
 def both(directory, **shape):

@@ -24,7 +24,6 @@ SMALL = {  # script -> options that make it small; of two values of an option th
     "bench/stages.py": "--steps=4 --batch-size=8 --micro-batch-tokens=2048",
     "bench/train.py": "--preset=laptop --texts=8 --tries=8 --rounds=1",
     "bench/encode.py": "--layers=1 --hidden-size=64 --texts=8 --rounds=1",
-    "bench/parity.py": "--layers=1 --hidden-size=64",
     "bench/memory.py": "--batches=64",
     "bench/experiments.py": f"--rows=BM25 --seeds=0 --options='{SHAPE}'",
 }
