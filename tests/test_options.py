@@ -119,7 +119,10 @@ def run(command):
     [
         ("mlm.py --data={data} --out={out}/file/run", "Not a directory"),
         ("data/folder.py '{out}/two\nlines'", "two lines"),
-        ("contrastive.py --data={data} --init=nowhere", "there is no checkpoint directory nowhere"),
+        (
+            "contrastive.py --data={data} --out={out}/run --init=nowhere",
+            "no checkpoint directory nowhere",
+        ),
         ("finetune.py -h > /dev/full", "No space left on device"),
     ],
 )
