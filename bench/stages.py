@@ -70,9 +70,9 @@ def main(arguments):
         speed, flops, rate = measure(STAGES[name], ["--steps=12", *others], device)
         cells = [f"{speed:,.0f}", f"{flops / speed / 1e6:.1f}", f"{flops / 1e12:.3f}"]
         cells += [f"{rate / 1e12:.3f}", f"{flops / rate:.0%}"]
-        if device.type == "cuda":
-            cells.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f}")
-        print_row(name, *cells)
+        cuda = device.type == "cuda"
+        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if cuda else ""
+        print_row(name, *cells, memory)
 
 
 if __name__ == "__main__":
