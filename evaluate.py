@@ -338,7 +338,9 @@ def long(options, times=(1, 2, 4, 8, 16), windows=60):
         options.model or f"{options.out}/mlm", device=best_device()
     )
     length, texts, table = model.config.trained_length, [], {}
-    times = [n for n in times if n * length <= (options.max_tokens or math.inf)] or [1]
+    times = [n for n in times if n * length <= (options.max_tokens or math.inf)]
+    if not times:
+        raise InputError(f"--max-tokens={options.max_tokens}: give {length}, as trained, or more")
     longest = length * times[-1]
     column = Source(f"{options.data}/stage1/long", model.bert.tokenizer).columns["document"]
     for ids in (column[row] for row in range(len(column))):

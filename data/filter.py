@@ -176,6 +176,8 @@ def main(arguments):
     _, _, device = distributed.start(0)
     if len(folders) != 1:
         raise InputError("give one data folder: python data/filter.py out/pydocs --judge=DIR")
+    if options.top >= options.block:
+        raise InputError(f"--top={options.top}: in blocks of {options.block} pairs, all would stay")
     data = Path(folders[0])
     out = Path(options.out or f"{data.resolve()}-filtered")
     tokenizer = load_tokenizer(data)

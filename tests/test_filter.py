@@ -172,6 +172,7 @@ def test_rows_that_stay_keep_their_tokens_and_all_else_is_copied(folder, judge):
         (["--judge=nowhere"], "nowhere"),
         (["--judge=st:/nowhere"], "--judge=st:/nowhere does not open"),
         (["more"], "give one data folder"),
+        (["--top=3", "--block=3"], "--top=3: in blocks of 3 pairs, all would stay"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(options, message, folder, judge):
