@@ -1,6 +1,6 @@
 # From a fresh clone: `make demo` trains a model and searches with it, `make own TEXT=folder` does the same with a folder
-# of Markdown or plain text added to the built-in data (without stage 1, whose minutes cost more
-# than they bring there: docs/results.md), `make lab` prepares the lab (lab/README.md),
+# of Markdown or plain text added to the built-in data (without stage 1, whose minutes cost more than they bring there:
+# docs/results.md), `make lab` prepares the lab (lab/README.md),
 # `make test` runs the tests. Each command may be repeated: finished data and training are not done again, and interrupted
 # training continues; scores and pictures are made anew. The README has the plain commands.
 

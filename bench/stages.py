@@ -61,16 +61,16 @@ def main(arguments):
     device, names = best_device(), options.stages.split(",")
     if set(names) - set(STAGES):
         raise InputError(f"--stages={options.stages}: give some of {','.join(STAGES)}")
+    cuda = device.type == "cuda"
     print_machine(*others)
     titles = ("stage", "tokens/s", "MFLOP/token", "TFLOP/s", "matrix rate, TFLOP/s", "share")
     print_head(*titles, "GPU memory, GiB")
     for name in names:
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
         speed, flops, rate = measure(STAGES[name], ["--steps=12", *others], device)
         cells = [f"{speed:,.0f}", f"{flops / speed / 1e6:.1f}", f"{flops / 1e12:.3f}"]
         cells += [f"{rate / 1e12:.3f}", f"{flops / rate:.0%}"]
-        cuda = device.type == "cuda"
         memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if cuda else ""
         print_row(name, *cells, memory)
 

@@ -103,6 +103,12 @@ def judge_source(encode, folder, options, device):
     for number in tqdm(range(blocks), folder.name, disable=None):
         size = rows * (number + 1) // blocks - rows * number // blocks
         block = list(itertools.islice(pairs, size))
+        too_long = number == blocks - 1 and next(pairs, None)
+        if len(block) < size or too_long:
+            raise InputError(
+                f"{folder}/pairs.jsonl has not as many lines as its source has rows, {rows:,}: "
+                "prepare the data again"
+            )
         stays, nearest = judge_block(encode, block, meta["prefixes"], options, device).T
         kept.append(stays.astype(bool))
         if number == 0 and distributed.is_first():

@@ -9,11 +9,11 @@
     python data/pairs.py news.jsonl --columns=title,body --text=wiki.jsonl.gz
     python data/pairs.py --paper --sources=squad,eli5 --limit=10000     # a sample, from the hub
 
-A file is a source (`cat` joins gzipped shards). Its first 10,000 rows give up to
---queries held-out queries: a retrieval task of its name. The documents are the text of stage 1,
-unless --text names files. Faulty rows are left out and counted by reason. Parquet and the hub are
-read with the `datasets` library. data/paper.tsv lists the paper's sources. This was never run
-against the hub itself, only on local files of each form.
+A file is a source (`cat` joins gzipped shards). Its first 10,000 rows give up to --queries held-out
+queries: a retrieval task of its name. The documents are the text of stage 1, unless --text names
+files. Faulty rows are left out and counted by reason. Parquet and the hub are read with the
+`datasets` library. data/paper.tsv lists the paper's sources. This was never run against the hub
+itself, only on local files of each form.
 """
 
 import csv

@@ -102,9 +102,10 @@ def stored_rows(folders, tokenizer):
     for folder in map(Path, folders):
         source, path = Source(folder, tokenizer), folder / "pairs.jsonl"
         lines = path.open("rb") if path.is_file() else itertools.repeat(b"", len(source))
-        for i, line in zip(range(len(source)), lines, strict=True):
+        for i in range(len(source)):
             places = {name: [i] for name in source.columns} | {"negative": source.negatives(i)}
-            yield {n: [source.columns[n][j] for j in places[n]] for n in places}, line
+            row = {n: [source.columns[n][j] for j in places[n]] for n in places}
+            yield row, next(lines, b"")
 
 
 def without_repeats(rows, names, held_out, distinct, left_out):
@@ -221,8 +222,8 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, a
 
     prefixes: source -> of its queries and documents; texts: split -> [(name, text)], for stage 1
     and search; pairs: "stage2/SOURCE" -> [(query, document)]; tasks: source -> (documents, queries)
-    as in write_task; long: held-out long texts, for stage 1; add: data folders
-    whose sources are copied."""
+    as in write_task; long: held-out long texts, for stage 1; add: data folders whose sources are
+    copied."""
     save_tokenizer(folder, tokenizer)
     for source, task in tasks.items():
         write_task(folder / "retrieval" / source, *task, prefixes[source])

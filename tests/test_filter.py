@@ -193,6 +193,15 @@ def test_a_folder_that_is_there_is_not_overwritten(folder, judge, capsys, monkey
         run(folder, judge, "--top=1")
 
 
+@pytest.mark.parametrize("extra", [1, -1])
+def test_text_that_does_not_fit_the_tokens_is_named(extra, folder, judge):
+    path = folder / "stage2/mixed/pairs.jsonl"
+    path.write_text("\n".join((lines(path) * 2)[: 140 + extra]) + "\n")
+    with pytest.raises(InputError, match="mixed/pairs.jsonl has not as many lines as its source"):
+        run(folder, judge)
+    assert [path.name for path in folder.parent.iterdir()] == ["data"]
+
+
 def test_a_full_disk_is_named_and_leaves_nothing(folder, judge):
     """No file may grow beyond 1,000 bytes, which the filtered tokens do."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
