@@ -17,6 +17,7 @@ import inspect
 import os
 import re
 import sys
+import time
 from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
@@ -40,7 +41,12 @@ def cli(main):
         code = 1
     except (InputError, OSError) as error:  # OSError: a full disk, a missing permission
         code, message = 2, f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}"
-    if message and os.environ.get("RANK", "0") == "0":  # only one of several processes prints it
+    first = os.environ.get("RANK", "0") == "0"
+    if code == 2 and not first:
+        # As a rule all processes fail alike, and the first one prints the message. torchrun ends
+        # all of them as soon as one has left, so the others wait until it has printed.
+        time.sleep(30)
+    if message and (first or code == 2):
         print(message, file=sys.stderr, flush=True)
     if code or "RANK" in os.environ:
         # Without Python's usual cleanup, which would write the rest of stdout again, and in which a

@@ -149,11 +149,22 @@ def torchrun(*options):
     return subprocess.Popen([*command, *options], text=True, **pipes)
 
 
-def test_only_the_first_process_prints_what_is_wrong(data, tmp_path):
-    process = torchrun(ROOT / "mlm.py", f"--data={data}", "--batch-size=3", f"--out={tmp_path}/run")
+SLOW = """
+import os, sys, time
+sys.path.insert(0, {!r})
+import mlm
+from common.options import cli
+time.sleep(3 * (os.environ["RANK"] == "0"))
+cli(mlm.main)
+"""
+
+
+def test_the_first_process_alone_prints_what_is_wrong_even_if_it_is_the_last_to_fail(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW.format(str(ROOT)))
+    process = torchrun(tmp_path / "slow.py", "--batch-size=3")
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert errors.count("mlm.py: --batch-size=3 does not divide by 2 processes\n") == 1
+    assert errors.count("slow.py: --batch-size=3 does not divide by 2 processes\n") == 1
     assert "InputError" not in errors, "what torchrun adds is a report of its own"
 
 
