@@ -37,7 +37,7 @@ lab: demo
 test: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_readme.py tests/test_docs.py tests/test_processes.py tests/test_runs.py tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_readme.py tests/test_docs.py tests/test_processes.py tests/test_runs.py tests
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -15,7 +15,6 @@ lab/INSTRUCTOR.md.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -57,10 +56,9 @@ def judge(exercise, function):
     else the end of what pytest prints."""
     tests = [f"tests/test_{exercise.file}::{test}" for test in exercise.tests]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", *tests]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         copy_project(folder, {exercise: function})
-        settings = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
+        settings = {"cwd": folder, "capture_output": True, "text": True}
         try:
             result = subprocess.run(command, timeout=SECONDS, **settings)
         except subprocess.TimeoutExpired:

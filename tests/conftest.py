@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# Two test processes share two cores; and a process that has used more threads cannot be forked.
+# Before the first import of torch.
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 if "HF_DATASETS_CACHE" not in os.environ:

@@ -59,7 +59,7 @@ def start_agent(nodes, number, port, stage, *arguments):
     command += [f"--rdzv-endpoint={ADDRESSES[0]}:{port}", "--max-restarts=3"]
     command += [f"--rdzv-conf=is_host={1 - number},keep_alive_interval=1"]
     command += [f"--local-addr={ADDRESSES[number]}", ROOT / f"{stage}.py", *SMALL, *arguments]
-    settings = {"GLOO_SOCKET_IFNAME": "wire", "OMP_NUM_THREADS": "1"}
+    settings = {"GLOO_SOCKET_IFNAME": "wire"}
     settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # docs/scaling.md says why
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=os.environ | settings, start_new_session=True, **pipes)

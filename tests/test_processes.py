@@ -169,7 +169,7 @@ def test_the_first_process_alone_prints_what_is_wrong_even_if_it_is_the_last_to_
 
 
 def test_torchrun_continues_by_itself_after_a_process_was_killed(data, tmp_path):
-    options, out = ["--steps=40", "--save-every=5"], tmp_path / "killed"
+    options, out = ["--steps=80", "--save-every=5"], tmp_path / "killed"
     start_group(2, lambda *_: train(mlm, data, tmp_path / "undisturbed", *options))
     command = ["--max-restarts=2", ROOT / "mlm.py", *SMALL, *options]
     process = torchrun(*command, f"--data={data}", f"--out={out}")
@@ -183,4 +183,4 @@ def test_torchrun_continues_by_itself_after_a_process_was_killed(data, tmp_path)
         [(line["step"], line["loss"]) for line in read_log(run)]
         for run in (out, tmp_path / "undisturbed")
     )
-    assert len(killed) == 40 and killed == undisturbed
+    assert len(killed) == 80 and killed == undisturbed

@@ -72,7 +72,6 @@ def run(command, folder):
         f"{command} {SMALL.get(script, '')}",
         shell=True,
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
