@@ -22,10 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from common.checkpoint import find_checkpoint
 from common.device import best_device
-from common.files import fingerprint, read_json, read_json_lines, write_arrays, write_json
+from common.files import fingerprint, read_json, read_json_lines, write_json, write_whole
 from common.options import InputError, cli, read_options, split_words
 from data.store import Sequences, Source
 from data.tasks import PREFIXES, read_task, splits_of
@@ -308,11 +310,8 @@ def ladder(options):
         folder = f"{options.data}/stage1/{options.split}"
         texts = Sequences(folder, masked.bert.tokenizer, masked.config.trained_length)
         loss, hit = held_out_scores(masked, [texts[i] for i in range(len(texts))])
-        count, accuracy = (
-            f"{len(loss):,} masked tokens of {options.split} text",
-            shown(summary(hit)),
-        )
-        print(f"\nafter stage 1: {count}, {accuracy} predicted, loss {loss.mean():.3f}")
+        accuracy = f"{shown(summary(hit))} predicted, loss {loss.mean():.3f}"
+        print(f"\nafter stage 1: {len(loss):,} masked tokens of {options.split} text, {accuracy}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -390,15 +389,15 @@ def document_embeddings(model, directory, corpus, texts, max_tokens):
     embed them takes minutes. A query then is one text through the model and one matrix product."""
     files = (directory / "model.safetensors", corpus)
     key = " ".join([str(max_tokens), str(model.rope), *map(fingerprint, files)])
-    cache = directory / "nanoembed-search.npz"
-    with contextlib.suppress(Exception):  # a damaged cache is made again
-        kept = np.load(cache)
-        if str(kept["key"]) == key:
-            return kept["embeddings"].astype(np.float32)
+    cache = directory / "nanoembed-search.safetensors"
+    with contextlib.suppress(Exception), safe_open(cache, "np") as kept:  # a damaged one: anew
+        if kept.metadata()["key"] == key:
+            return kept.get_tensor("embeddings").astype(np.float32)
     print(f"embedding {len(texts):,} documents, once for this checkpoint", file=sys.stderr)
     embeddings = model.encode([PREFIXES["document"] + text for text in texts], max_tokens)
     with contextlib.suppress(InputError):  # a read-only checkpoint is searched without a cache
-        write_arrays(cache, {"key": key, "embeddings": embeddings.astype(np.float16)})
+        stored = {"embeddings": embeddings.astype(np.float16)}
+        write_whole(cache, lambda path: save_file(stored, path, {"key": key}))
     return embeddings
 
 

@@ -460,7 +460,7 @@ def open_model(cls, where, dtype, rope_factor, device):
     checkpoint.check_weights(model.state_dict(), weights, directory)
     model.load_state_dict(weights, assign=True)
     if cls is NomicBertForMaskedLM:  # assigned apart from each other: tie them again
-        model.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight
+        model.cls["predictions"].decoder.weight = encoder.embeddings.word_embeddings.weight
     model.to(device)
     encoder.tokenizer = checkpoint.read_tokenizer(directory, config.vocab_size)
     encoder.dtype = dtype or fast_dtype(encoder.device)

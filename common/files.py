@@ -8,7 +8,6 @@ import os
 import zlib
 from pathlib import Path
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from common.options import InputError
@@ -30,16 +29,6 @@ def write_whole(path, write):
             temporary.unlink()
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write {path}: {reason}; the file before is untouched") from None
-
-
-def write_arrays(path, arrays):
-    """np.savez as a whole. arrays: name -> array."""
-
-    def save(temporary):
-        with open(temporary, "wb") as file:  # savez(path) would add .npz to the name
-            np.savez(file, **arrays)
-
-    write_whole(path, save)
 
 
 def write_text(path, text):

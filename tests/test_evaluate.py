@@ -259,7 +259,7 @@ def test_embeddings_are_kept_until_the_checkpoint_changes_or_they_are_damaged(se
     other.emb_ln.weight.data.mul_(2)
     other.save_pretrained(directory)
     assert "embedding" in search().err and "embedding" not in search().err
-    (directory / "nanoembed-search.npz").write_bytes(b"damaged")
+    (directory / "nanoembed-search.safetensors").write_bytes(b"damaged")
     assert "embedding" in search().err
 
 
