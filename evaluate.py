@@ -185,6 +185,8 @@ class Retrieval:
             {number[document]: grade for document, grade in relevant.items()}
             for relevant in judged.values()
         ]
+        sizes = f"{len(self.queries):,} queries, {len(self.documents):,} documents"
+        self.about = f"{self.name}, {split}: {sizes}"
 
     @classmethod
     def open_all(cls, data, split, **sample):
@@ -285,6 +287,7 @@ def ladder(options):
     """BM25, random weights, the model after each stage, and the last one together with BM25, on the
     same held-out queries."""
     tasks, rows = Retrieval.open_all(options.data, options.split), {}
+    print("\n".join([*(task.about for task in tasks), ""]))
     print(f"{'':28}" + "".join(f"{task.name + ', nDCG@10':>32}{'MRR@10':>10}" for task in tasks))
 
     def add_row(name, rankings):
@@ -370,8 +373,7 @@ def retrieval(options, folder):
     model, directory, length = chosen_model(options)
     for split in splits_of(folder):
         task = Retrieval(folder, split)
-        sizes = f"{len(task.queries):,} queries, {len(task.documents):,} documents"
-        print(f"{task.name}, {split}: {sizes}")
+        print(task.about)
         print(f"{'':20}" + "".join(f"{metric:>17}" for metric in METRICS))
         own = task.rank(model, length, dims=options.dims or None)
         for name, ranking in {"BM25": task.rank_bm25(), str(directory): own}.items():

@@ -348,7 +348,9 @@ def test_a_ladder_and_its_pictures_have_every_row_that_was_trained(
     options = [f"--data={data}", f"--out={out}"]
     capsys.readouterr()
     evaluate.main(options)
-    rows = [line[:28].strip() for line in capsys.readouterr().out.splitlines()[1:]]
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"summary-code, test: \d+ queries, [\d,]+ documents", lines[1])
+    rows = [line[:28].strip() for line in lines[4:]]
     assert rows[:9] == [
         "BM25", "BM25, identifiers split", "word vectors alone", "random weights", "after stage 1",
         "after stage 2", "after stage 3", "the last stage with BM25", ""
