@@ -287,7 +287,7 @@ def ladder(options):
     """BM25, random weights, the model after each stage, and the last one together with BM25, on the
     same held-out queries."""
     tasks, rows = Retrieval.open_all(options.data, options.split), {}
-    print("\n".join([*(task.about for task in tasks), ""]))
+    print(*(task.about for task in tasks), sep="\n", end="\n\n")
     print(f"{'':28}" + "".join(f"{task.name + ', nDCG@10':>32}{'MRR@10':>10}" for task in tasks))
 
     def add_row(name, rankings):
@@ -392,7 +392,8 @@ def document_embeddings(model, directory, corpus, texts, max_tokens):
     files = (directory / "model.safetensors", corpus)
     key = " ".join([str(max_tokens), str(model.rope), *map(fingerprint, files)])
     cache = directory / "nanoembed-search.safetensors"
-    with contextlib.suppress(Exception), safe_open(cache, "np") as kept:  # a damaged one: anew
+    # a missing or damaged cache is made again
+    with contextlib.suppress(Exception), safe_open(cache, "np") as kept:
         if kept.metadata()["key"] == key:
             return kept.get_tensor("embeddings").astype(np.float32)
     print(f"embedding {len(texts):,} documents, once for this checkpoint", file=sys.stderr)

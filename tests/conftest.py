@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-# Two test processes share two cores; and a process that has used more threads cannot be forked.
-# Before the first import of torch.
+# One thread: two test processes share two cores, and some tests fork, which may hang after torch
+# has used several threads. torch reads this when it is first imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
