@@ -40,6 +40,7 @@ from common.files import load_tokenizer
 from common.options import InputError, cli, inherit, read_options
 from common.run import Run, adamw, learning_rate, set_lr
 from data import store
+from data.batches import PairBatches
 from evaluate import Retrieval, dev_scores
 from model import SHAPE, SHARED_PRESETS, ModelConfig, NomicBert
 
@@ -272,9 +273,7 @@ def main(arguments):
 
     model = first_model(config, origin, device)
     sources = store.open_sources(f"{config.data}/stage2", model.tokenizer)
-    batches = store.PairBatches(
-        sources, config.batch_size, config.seed, config.weights, config.pairs
-    )
+    batches = PairBatches(sources, config.batch_size, config.seed, config.weights, config.pairs)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
     betas, eps = (0.9, 0.999), 1e-8
     optimizer = adamw(model, config.lr, config.weight_decay, betas, eps)

@@ -30,6 +30,7 @@ from common.options import cli, read_options
 from common.run import Run, adamw, learning_rate, set_lr
 from contrastive import backward_batch, embed, first_model, gather, info_nce_in_blocks
 from data import store
+from data.batches import PairBatches
 from evaluate import Retrieval, dev_scores
 
 
@@ -217,9 +218,7 @@ def main(arguments):
 
     model = first_model(config, origin, device)
     sources = store.open_sources(f"{config.data}/stage3", model.tokenizer)
-    batches = store.PairBatches(
-        sources, config.batch_size, config.seed, config.weights, config.pairs
-    )
+    batches = PairBatches(sources, config.batch_size, config.seed, config.weights, config.pairs)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
     mined = mine(model, sources, config) if config.negatives else {}
     betas, eps = (0.9, 0.999), 1e-8
