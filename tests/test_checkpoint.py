@@ -12,8 +12,9 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import cases, tiny_model
 
+from common import checkpoint
 from common.options import InputError
-from model import NomicBert, NomicBertForMaskedLM
+from model import ModelConfig, NomicBert, NomicBertForMaskedLM
 
 TEXTS = ["", "some words", "a much longer text " * 60]
 
@@ -70,6 +71,17 @@ def nomic_bert_2048(directory):
     edit_weights(directory, add_head)
 
 
+def sharded(directory):
+    """In two files and an index, as transformers saves large weights."""
+    weights, files = load_file(directory / "model.safetensors"), {}
+    (directory / "model.safetensors").unlink()
+    for i, name in enumerate(weights):
+        files[name] = f"model-0000{i % 2 + 1}-of-00002.safetensors"
+    for file in set(files.values()):
+        save_file({n: weights[n] for n in weights if files[n] == file}, directory / file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
 @pytest.fixture
 def directory(tokenizer, tmp_path):
     """A checkpoint of ours, trained at 2,048 tokens."""
@@ -81,7 +93,7 @@ def embeddings(directory):
     return NomicBert.from_pretrained(directory, dtype=torch.float32).encode(TEXTS)
 
 
-@pytest.mark.parametrize("variant", [v1, v1_5_of_today, nomic_bert_2048])
+@pytest.mark.parametrize("variant", [v1, v1_5_of_today, nomic_bert_2048, sharded])
 def test_every_published_variant_gives_the_same_embeddings(directory, variant):
     expected = embeddings(directory)
     variant(directory)
@@ -210,12 +222,23 @@ def without_mask(values):
     del values["model"]["vocab"]["[MASK]"]
 
 
+def with_token_40000(values):
+    values["model"]["vocab"]["far"] = 40_000
+
+
+def thirds(*sizes):
+    """transformers' three matrices instead of one, of which a size of 0 leaves one out."""
+    rows = {x: torch.zeros(size, 64) for x, size in zip("qkv", sizes, strict=True) if size}
+    return {QKV: None} | {Q.replace("q_proj", f"{x}_proj"): rows[x] for x in rows}
+
+
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-POOLING = "1_Pooling/config.json"
-YARN = {"rope_theta": 1000.0, "rope_type": "yarn", "factor": 4.0}
-NO_FACTOR = {"rope_theta": 1000.0, "rope_type": "dynamic"}
+POOLING, INDEX = "1_Pooling/config.json", "model.safetensors.index.json"
+NAN, INF = float("nan"), float("inf")
 NORM, BIAS = "encoder.layers.1.norm1.weight", "encoder.layers.0.attn.Wqkv.bias"
 NO_SPECIAL_TOKENS = edited_tokenizer(lambda values: values.update(post_processor=None))
+QKV, Q = "encoder.layers.0.attn.Wqkv.weight", "encoder.layers.0.self_attn.q_proj.weight"
+FLOAT8 = torch.ones(64).to(torch.float8_e4m3fn)
 
 
 @cases(
@@ -224,31 +247,71 @@ NO_SPECIAL_TOKENS = edited_tokenizer(lambda values: values.update(post_processor
         (CONFIG, None, "config.json cannot be read: No such"),
         (CONFIG, "[]", "config.json holds a list"),
         (CONFIG, "{", "config.json is not JSON"),
-        (CONFIG, '{"model_type": "nomic_bert"}', "config.json: vocab_size is None, not a number"),
-        (CONFIG, {"model_type": "bert"}, "config.json: model_type is 'bert'; this model has 'nomi"),
-        (CONFIG, {"prenorm": True}, "prenorm is True; this model has False only"),
-        (CONFIG, {"rope_parameters": YARN}, "rope_type is 'yarn'; known are default"),
-        (CONFIG, {"rope_parameters": NO_FACTOR}, "config.json: factor is None"),
         (CONFIG, {"vocab_size": 512}, "word_embeddings.weight is .* asks for .512"),
         (CONFIG, {"num_hidden_layers": 3}, "layers.2.* is missing, config.json asks for"),
         (POOLING, {"pooling_mode_cls_token": True}, "takes the mean of all tokens"),
-        (POOLING, {"pooling_mode": "cls"}, "takes the mean of all tokens"),
+        (POOLING, {"pooling_mode": ["cls"]}, "takes the mean of all tokens"),
         (WEIGHTS, None, "model.safetensors is missing"),
         (WEIGHTS, lambda data: data[:-100], "model.safetensors cannot be read"),
         (WEIGHTS, {NORM: None}, "norm1.weight is missing"),
         (WEIGHTS, {NORM: torch.ones(64, dtype=torch.int8)}, "norm1.weight is torch.int8"),
-        (WEIGHTS, {NORM: torch.full((64,), torch.nan)}, "norm1.weight is .* finite"),
+        (WEIGHTS, {NORM: FLOAT8}, "norm1.weight is torch.float8_e4m3fn and has to be"),
+        (WEIGHTS, {NORM: torch.full((64,), NAN)}, "norm1.weight is .* finite"),
+        (WEIGHTS, {NORM: torch.full((64,), 1e300, dtype=torch.float64)}, "norm1.weight is .* fin"),
         (WEIGHTS, {BIAS: torch.zeros(192)}, "Wqkv.bias is .192,., .* asks for missing"),
+        (WEIGHTS, thirds(64, 0, 64), "q_proj.weight has no k_proj and v_proj of the same shape"),
+        (WEIGHTS, thirds(64, 32, 64), "q_proj.weight has no k_proj and v_proj of the same shape"),
+        (WEIGHTS, thirds(32, 96, 64), "q_proj.weight has no k_proj and v_proj of the same shape"),
+        (WEIGHTS, thirds(0, 64, 64), "Wqkv.weight is missing"),
+        (INDEX, "[]", "index.json holds a list"),
+        (INDEX, {"weight_map": ["a"]}, "word_embeddings.weight is missing"),
+        (INDEX, {"weight_map": {"a": 3}}, "model/3 is missing"),
+        (INDEX, {"weight_map": {"a": "../outside.safetensors"}}, "model/outside.* is missing"),
+        (INDEX, {"weight_map": {"a": "../model/.."}}, "model/.. is missing"),
         (TOKENIZER, "{}", "tokenizer.json is not a tokenizer"),
         (TOKENIZER, edited_tokenizer(without_mask), "has to have the tokens .* .MASK"),
         (TOKENIZER, NO_SPECIAL_TOKENS, "and to put .CLS. before a text"),
+        (TOKENIZER, edited_tokenizer(with_token_40000), "has an id 40000"),
     ],
 )
 def test_a_damaged_checkpoint_is_an_error_of_one_line(directory, name, change, message):
+    if name == INDEX:
+        sharded(directory)
+        (directory.parent / "outside.safetensors").write_bytes(b"not to be read")
     damage(directory / name, change)
     with pytest.raises(InputError, match=message) as error:
         NomicBert.from_pretrained(directory)
     assert "\n" not in str(error.value) and "model" in str(error.value)
+
+
+ROPE = {"rope_theta": 1000.0, "rope_type": "dynamic", "factor": 2.0}
+NO_NUMBERS = (True, "2", [2], {}, NAN, INF, -INF, -1, 1e30, 10**400)
+OUT_OF_RANGE = {  # 64.0 is no whole number, as for transformers
+    **{"vocab_size": (0, 320.0, None), "hidden_size": (0, 64.0, 6, 66), "n_embd": (0, 64.0, 66)},
+    **{"num_attention_heads": (0, 5, 2.5, 384), "n_head": (0, 5, 2.5), "n_layer": (2.0, 0.5)},
+    **{"intermediate_size": (0, 128.0), "type_vocab_size": (0, 2.0), "layer_norm_eps": (0, None)},
+    **{"rope_theta": (0, -5, 0.5), "rotary_emb_base": (0, -5), "factor": (0, -3, 0.5, None)},
+    **{"rotary_scaling_factor": (0, False), "max_position_embeddings": (0, 0.5, 2048.0, None)},
+    **{"max_trained_positions": (0, 0.5, None), "rope_type": ("yarn", None, [], {}, True)},
+    **{"model_type": ("bert", None), "prenorm": (True, "no"), "rope_scaling": (ROPE, "linear")},
+    "rope_parameters": ([], [ROPE], "dynamic", "", 0, False, {"rope_type": "dynamic"}),
+}
+ROWS = [(name, v) for names, *_ in checkpoint.FIELDS.values() for name in names for v in NO_NUMBERS]
+
+
+@cases(("name", "value"), ROWS + [(name, v) for name in OUT_OF_RANGE for v in OUT_OF_RANGE[name]])
+def test_a_field_of_another_type_or_out_of_range_is_named(tmp_path, name, value):
+    native = {**vars(ModelConfig()), "rope_scaling": None, "rope_parameters": ROPE}
+    native["max_position_embeddings"] = 2048
+    damage(tmp_path / CONFIG, json.dumps(native))
+    if name in (*PUBLISHED, *NAMES, "max_trained_positions") and name not in native:
+        publish(tmp_path)
+    checkpoint.read_config(tmp_path)
+    change = {"rope_parameters": ROPE | {name: value}} if name in ROPE else {name: value}
+    damage(tmp_path / CONFIG, change)
+    with pytest.raises(InputError, match=r"config.json: \w+ is .*; it has to be") as error:
+        checkpoint.read_config(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("vocab_size", [320, 4096])
