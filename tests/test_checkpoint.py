@@ -2,13 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import cases, tiny_model
 
@@ -71,17 +68,6 @@ def nomic_bert_2048(directory):
     edit_weights(directory, add_head)
 
 
-def sharded(directory):
-    """In two files and an index, as transformers saves large weights."""
-    weights, files = load_file(directory / "model.safetensors"), {}
-    (directory / "model.safetensors").unlink()
-    for i, name in enumerate(weights):
-        files[name] = f"model-0000{i % 2 + 1}-of-00002.safetensors"
-    for file in set(files.values()):
-        save_file({n: weights[n] for n in weights if files[n] == file}, directory / file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-
-
 @pytest.fixture
 def directory(tokenizer, tmp_path):
     """A checkpoint of ours, trained at 2,048 tokens."""
@@ -93,7 +79,7 @@ def embeddings(directory):
     return NomicBert.from_pretrained(directory, dtype=torch.float32).encode(TEXTS)
 
 
-@pytest.mark.parametrize("variant", [v1, v1_5_of_today, nomic_bert_2048, sharded])
+@pytest.mark.parametrize("variant", [v1, v1_5_of_today, nomic_bert_2048])
 def test_every_published_variant_gives_the_same_embeddings(directory, variant):
     expected = embeddings(directory)
     variant(directory)
@@ -167,28 +153,6 @@ def test_the_encoder_of_a_masked_language_model_opens_without_its_head(tokenizer
         NomicBertForMaskedLM.from_pretrained(tmp_path / "encoder")
 
 
-def test_a_name_on_the_hub_opens_from_its_cache_or_is_an_error_of_one_line(directory, tmp_path):
-    repository = tmp_path / "cache" / "models--nomic-ai--nomic-embed-text-v1"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    (repository / "snapshots").mkdir()
-    v1(directory)
-    snapshot = directory.rename(repository / "snapshots" / ("0" * 40))
-    code = (
-        "import torch; from model import NomicBert; from common.options import cli\n"
-        "model = NomicBert.from_pretrained('nomic-ai/nomic-embed-text-v1', torch.float32)\n"
-        "print(model.encode(['some words'])[0, :4].tolist())\n"
-        "cli(lambda _: NomicBert.from_pretrained('nobody/nothing'))"
-    )
-    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    command, options = [sys.executable, "-c", code], {"cwd": ROOT, "env": env, "text": True}
-    result = subprocess.run(command, capture_output=True, **options)
-    expected = NomicBert.from_pretrained(snapshot, torch.float32).encode(["some words"])[0, :4]
-    np.testing.assert_allclose(json.loads(result.stdout), expected, atol=1e-6)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "no directory nobody/nothing here" in result.stderr
-
-
 # ------------------------------------------------------------------------------------------------
 # What is wrong, in one line that names the file and the field
 
@@ -208,24 +172,6 @@ def damage(path, change):
         save_file({k: v for k, v in (load_file(path) | change).items() if v is not None}, path)
 
 
-def edited_tokenizer(edit):
-    def change(data):
-        values = json.loads(data)
-        edit(values)
-        return json.dumps(values).encode()
-
-    return change
-
-
-def without_mask(values):
-    values["added_tokens"] = [t for t in values["added_tokens"] if t["content"] != "[MASK]"]
-    del values["model"]["vocab"]["[MASK]"]
-
-
-def with_token_40000(values):
-    values["model"]["vocab"]["far"] = 40_000
-
-
 def thirds(*sizes):
     """transformers' three matrices instead of one, of which a size of 0 leaves one out."""
     rows = {x: torch.zeros(size, 64) for x, size in zip("qkv", sizes, strict=True) if size}
@@ -236,7 +182,6 @@ CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json
 POOLING, INDEX = "1_Pooling/config.json", "model.safetensors.index.json"
 NAN, INF = float("nan"), float("inf")
 NORM, BIAS = "encoder.layers.1.norm1.weight", "encoder.layers.0.attn.Wqkv.bias"
-NO_SPECIAL_TOKENS = edited_tokenizer(lambda values: values.update(post_processor=None))
 QKV, Q = "encoder.layers.0.attn.Wqkv.weight", "encoder.layers.0.self_attn.q_proj.weight"
 FLOAT8 = torch.ones(64).to(torch.float8_e4m3fn)
 
@@ -269,14 +214,15 @@ FLOAT8 = torch.ones(64).to(torch.float8_e4m3fn)
         (INDEX, {"weight_map": {"a": "../outside.safetensors"}}, "model/outside.* is missing"),
         (INDEX, {"weight_map": {"a": "../model/.."}}, "model/.. is missing"),
         (TOKENIZER, "{}", "tokenizer.json is not a tokenizer"),
-        (TOKENIZER, edited_tokenizer(without_mask), "has to have the tokens .* .MASK"),
-        (TOKENIZER, NO_SPECIAL_TOKENS, "and to put .CLS. before a text"),
-        (TOKENIZER, edited_tokenizer(with_token_40000), "has an id 40000"),
+        (TOKENIZER, lambda data: data.replace(b"[MASK]", b"MASK"), "has to have the tokens .* .M"),
+        (TOKENIZER, {"post_processor": None}, "and to put .CLS. before a text"),
+        (TOKENIZER, lambda data: data.replace(b": 100,", b": 40000,"), "has an id 40000 and"),
     ],
 )
 def test_a_damaged_checkpoint_is_an_error_of_one_line(directory, name, change, message):
     if name == INDEX:
-        sharded(directory)
+        (directory / WEIGHTS).unlink()
+        (directory / INDEX).write_text("{}")
         (directory.parent / "outside.safetensors").write_bytes(b"not to be read")
     damage(directory / name, change)
     with pytest.raises(InputError, match=message) as error:
@@ -301,9 +247,8 @@ ROWS = [(name, v) for names, *_ in checkpoint.FIELDS.values() for name in names 
 
 @cases(("name", "value"), ROWS + [(name, v) for name in OUT_OF_RANGE for v in OUT_OF_RANGE[name]])
 def test_a_field_of_another_type_or_out_of_range_is_named(tmp_path, name, value):
-    native = {**vars(ModelConfig()), "rope_scaling": None, "rope_parameters": ROPE}
-    native["max_position_embeddings"] = 2048
-    damage(tmp_path / CONFIG, json.dumps(native))
+    more = {"rope_scaling": None, "rope_parameters": ROPE, "max_position_embeddings": 2048}
+    damage(tmp_path / CONFIG, json.dumps(native := vars(ModelConfig()) | more))
     if name in (*PUBLISHED, *NAMES, "max_trained_positions") and name not in native:
         publish(tmp_path)
     checkpoint.read_config(tmp_path)
@@ -314,16 +259,14 @@ def test_a_field_of_another_type_or_out_of_range_is_named(tmp_path, name, value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-@pytest.mark.parametrize("vocab_size", [320, 4096])
-def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(
-    tmp_path, data_tokenizer, vocab_size
-):
-    tiny_model(data_tokenizer, vocab_size=vocab_size).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=f"has 2048 tokens, vocab_size in .* is {vocab_size}"):
+@pytest.mark.parametrize("vocab_size", [64, 4096])
+def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(tmp_path, tokenizer, vocab_size):
+    tiny_model(tokenizer, vocab_size=vocab_size).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"tokens, vocab_size in .* is {vocab_size}: it should be"):
         NomicBert.from_pretrained(tmp_path)
 
 
-@cases("factor", [0.5, float("nan"), float("inf")])
+@cases("factor", [0.5, NAN, INF])
 def test_a_factor_of_dynamic_ntk_below_1_is_refused(directory, factor):
     with pytest.raises(InputError, match="rope_factor=.*: give a number from 1 to 1000"):
         NomicBert.from_pretrained(directory, rope_factor=factor)
