@@ -26,11 +26,11 @@ MAX_TOKENS = 8192  # `encode` and SentenceTransformer truncate texts there (sec.
 
 
 def find_checkpoint(where):
-    """The directory of a checkpoint: `where` itself, or what the hub has under that name, which is
-    downloaded once into huggingface_hub's cache.
+    """`where` itself if there is such a directory (or file: a tokenizer.json), else the directory of
+    what the hub has under that name, which is downloaded once into huggingface_hub's cache.
 
-    Raises InputError where there is no such directory, nor such a name on the hub."""
-    if Path(where).is_dir():
+    Raises InputError where there is no such path, nor such a name on the hub."""
+    if Path(where).exists():
         return Path(where)
     if not re.fullmatch(r"\w[\w-]*/\w[\w.-]*", str(where)) or Path(where).parent.exists():
         raise InputError(f"there is no checkpoint directory {where}")
