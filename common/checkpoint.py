@@ -26,10 +26,10 @@ MAX_TOKENS = 8192  # `encode` and SentenceTransformer truncate texts there (sec.
 
 
 def find_checkpoint(where):
-    """`where` itself if there is such a directory (or file: a tokenizer.json), else the directory of
+    """`where` itself, if that is a directory (or a file: a tokenizer.json); else the directory of
     what the hub has under that name, which is downloaded once into huggingface_hub's cache.
 
-    Raises InputError where there is no such path, nor such a name on the hub."""
+    Raises InputError where there is neither."""
     if Path(where).exists():
         return Path(where)
     if not re.fullmatch(r"\w[\w-]*/\w[\w.-]*", str(where)) or Path(where).parent.exists():
