@@ -3,7 +3,7 @@
     config.json         the shape. Two dialects: the published one has the names of GPT-2 (n_embd),
                         transformers' own NomicBert has others (hidden_size)
     model.safetensors   the weights, under the published names or transformers' own, with or without
-                        the MLM head; or several files and model.safetensors.index.json
+                        the MLM head; large ones in shards, model-00001-of-00002.safetensors, ...
     tokenizer.json      text -> token ids
     modules.json, ...   for SentenceTransformer: how an embedding is made from hidden states
 
@@ -101,7 +101,7 @@ def read_config(directory):
         values[field] = kind(config[name])
     size, heads = values["hidden_size"], values["num_attention_heads"]
     if size % (2 * heads) or size < 4 * heads:
-        reason = f"it has to be {heads} heads of even size, at least 4"
+        reason = f"it has to make {heads} heads of even size, at least 4"
         raise InputError(f"{path}: hidden_size is {size}; {reason}")
     return values
 
@@ -125,18 +125,14 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def weight_files(directory):
-    """model.safetensors, or the shards that its index names: no file outside the directory.
-    Raises InputError where one is missing."""
-    paths, index = [directory / "model.safetensors"], directory / "model.safetensors.index.json"
-    if index.is_file() and not paths[0].is_file():
-        shards = read_json(index).get("weight_map")  # name of a weight -> name of its file
-        names = shards.values() if isinstance(shards, dict) else []
-        paths = sorted({directory / Path(str(name)).name for name in names})
-    for path in paths:
-        if not path.is_file():
-            reason = "a pickle (.bin, .pt) is not opened, since that would run the program in it"
-            raise InputError(f"{path} is missing; {reason}")
-    return paths
+    """model.safetensors, or its shards: model-00001-of-00002.safetensors, ... Raises InputError
+    where there is neither."""
+    path = directory / "model.safetensors"
+    shards = sorted(directory.glob("model*.safetensors"))
+    if not shards:
+        reason = "a pickle (.bin, .pt) is not opened, since that would run the program in it"
+        raise InputError(f"{path} is missing; {reason}")
+    return [path] if path in shards else shards
 
 
 def read_weights(directory):
@@ -171,12 +167,10 @@ def read_weights(directory):
 def check_weights(expected, weights, directory):
     """Raises InputError unless `weights` has the names and shapes of `expected` (a state_dict)."""
     for name in {**expected, **weights}:
-        stored, needed = (
-            tuple(tensors[name].shape) if name in tensors else "missing"
-            for tensors in (weights, expected)
-        )
-        if stored != needed:
-            raise InputError(f"{directory}: {name} is {stored}, config.json asks for {needed}")
+        shapes = [tuple(t[name].shape) if name in t else "missing" for t in (weights, expected)]
+        if shapes[0] != shapes[1]:
+            reason = f"{name} is {shapes[0]}; by config.json it should be {shapes[1]}"
+            raise InputError(f"{directory}: {reason}")
 
 
 def read_head(head, weights, directory):

@@ -179,7 +179,7 @@ def thirds(*sizes):
 
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-POOLING, INDEX = "1_Pooling/config.json", "model.safetensors.index.json"
+POOLING = "1_Pooling/config.json"
 NAN, INF = float("nan"), float("inf")
 NORM, BIAS = "encoder.layers.1.norm1.weight", "encoder.layers.0.attn.Wqkv.bias"
 QKV, Q = "encoder.layers.0.attn.Wqkv.weight", "encoder.layers.0.self_attn.q_proj.weight"
@@ -192,8 +192,8 @@ FLOAT8 = torch.ones(64).to(torch.float8_e4m3fn)
         (CONFIG, None, "config.json cannot be read: No such"),
         (CONFIG, "[]", "config.json holds a list"),
         (CONFIG, "{", "config.json is not JSON"),
-        (CONFIG, {"vocab_size": 512}, "word_embeddings.weight is .* asks for .512"),
-        (CONFIG, {"num_hidden_layers": 3}, "layers.2.* is missing, config.json asks for"),
+        (CONFIG, {"vocab_size": 512}, "word_embeddings.weight is .* should be .512"),
+        (CONFIG, {"num_hidden_layers": 3}, "layers.2.* is missing; by config.json it should be"),
         (POOLING, {"pooling_mode_cls_token": True}, "takes the mean of all tokens"),
         (POOLING, {"pooling_mode": ["cls"]}, "takes the mean of all tokens"),
         (WEIGHTS, None, "model.safetensors is missing"),
@@ -203,16 +203,11 @@ FLOAT8 = torch.ones(64).to(torch.float8_e4m3fn)
         (WEIGHTS, {NORM: FLOAT8}, "norm1.weight is torch.float8_e4m3fn and has to be"),
         (WEIGHTS, {NORM: torch.full((64,), NAN)}, "norm1.weight is .* finite"),
         (WEIGHTS, {NORM: torch.full((64,), 1e300, dtype=torch.float64)}, "norm1.weight is .* fin"),
-        (WEIGHTS, {BIAS: torch.zeros(192)}, "Wqkv.bias is .192,., .* asks for missing"),
+        (WEIGHTS, {BIAS: torch.zeros(192)}, "Wqkv.bias is .192,.; .* should be missing"),
         (WEIGHTS, thirds(64, 0, 64), "q_proj.weight has no k_proj and v_proj of the same shape"),
         (WEIGHTS, thirds(64, 32, 64), "q_proj.weight has no k_proj and v_proj of the same shape"),
         (WEIGHTS, thirds(32, 96, 64), "q_proj.weight has no k_proj and v_proj of the same shape"),
         (WEIGHTS, thirds(0, 64, 64), "Wqkv.weight is missing"),
-        (INDEX, "[]", "index.json holds a list"),
-        (INDEX, {"weight_map": ["a"]}, "word_embeddings.weight is missing"),
-        (INDEX, {"weight_map": {"a": 3}}, "model/3 is missing"),
-        (INDEX, {"weight_map": {"a": "../outside.safetensors"}}, "model/outside.* is missing"),
-        (INDEX, {"weight_map": {"a": "../model/.."}}, "model/.. is missing"),
         (TOKENIZER, "{}", "tokenizer.json is not a tokenizer"),
         (TOKENIZER, lambda data: data.replace(b"[MASK]", b"MASK"), "has to have the tokens .* .M"),
         (TOKENIZER, {"post_processor": None}, "and to put .CLS. before a text"),
@@ -220,10 +215,6 @@ FLOAT8 = torch.ones(64).to(torch.float8_e4m3fn)
     ],
 )
 def test_a_damaged_checkpoint_is_an_error_of_one_line(directory, name, change, message):
-    if name == INDEX:
-        (directory / WEIGHTS).unlink()
-        (directory / INDEX).write_text("{}")
-        (directory.parent / "outside.safetensors").write_bytes(b"not to be read")
     damage(directory / name, change)
     with pytest.raises(InputError, match=message) as error:
         NomicBert.from_pretrained(directory)
@@ -254,7 +245,7 @@ def test_a_field_of_another_type_or_out_of_range_is_named(tmp_path, name, value)
     checkpoint.read_config(tmp_path)
     change = {"rope_parameters": ROPE | {name: value}} if name in ROPE else {name: value}
     damage(tmp_path / CONFIG, change)
-    with pytest.raises(InputError, match=r"config.json: \w+ is .*; it has to be") as error:
+    with pytest.raises(InputError, match=r"config.json: \w+ is .*; it has to ") as error:
         checkpoint.read_config(tmp_path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
