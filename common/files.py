@@ -104,8 +104,10 @@ def fingerprint(content):
 
 def load_tokenizer(folder):
     """The tokenizer.json of a data folder or a checkpoint directory, or that file itself. It
-    neither truncates nor pads. Raises InputError where there is none, or one that does not make
-    [CLS] text [SEP]."""
+    neither truncates nor pads, and reads "[MASK]" in a text as the characters that it is.
+
+    Raises InputError where there is none, for one that does not make [CLS] text [SEP], and for one
+    whose ids are not below the number of its tokens."""
     path = Path(folder) if Path(folder).suffix == ".json" else Path(folder, "tokenizer.json")
     if not path.is_file():
         raise InputError(
@@ -117,10 +119,14 @@ def load_tokenizer(folder):
         raise InputError(f"{path} is not a tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # as text; the post-processor still adds [CLS] and [SEP]
     missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
     if missing or tokenizer.encode("").tokens != ["[CLS]", "[SEP]"]:
         raise InputError(
             f"{path} has to have the tokens {' '.join(SPECIAL_TOKENS)}, and to put [CLS] before a "
             "text and [SEP] behind it"
         )
+    size, largest = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values())
+    if largest >= size:
+        raise InputError(f"{path} has an id {largest} and {size} tokens: ids have to be below that")
     return tokenizer
