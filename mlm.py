@@ -186,7 +186,7 @@ def held_out_scores(model, texts, piece=None, micro_batch_tokens=8192):
 
     piece: reads each text in pieces of so many tokens, as if they were texts of their own; it must
     divide the length of every text."""
-    masker, losses, hits = Masker(model.bert.tokenizer), [], []
+    masker, losses, hits, window = Masker(model.bert.tokenizer), [], [], []
     for group in store.split_by_tokens([len(text) for text in texts], micro_batch_tokens):
         batch = masker([texts[i] for i in group], 0.15, [[int(i)] for i in group])
         tokens, cu_seqlens, positions, targets = (x.to(model.bert.device) for x in batch)
@@ -195,7 +195,9 @@ def held_out_scores(model, texts, piece=None, micro_batch_tokens=8192):
         logits = model(tokens, cu_seqlens, positions).float()  # (M, V)
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
         hits.append((logits.argmax(-1) == targets).float())
-    return torch.cat(losses).cpu(), torch.cat(hits).cpu()
+        ends = np.cumsum([len(texts[i]) for i in group])
+        window.append(torch.as_tensor(group)[np.searchsorted(ends, positions.cpu(), "right")])
+    return torch.cat(losses).cpu(), torch.cat(hits).cpu(), torch.cat(window)
 
 
 @torch.no_grad()
@@ -272,7 +274,7 @@ def main(arguments):
         if run.log_due(step):
             run.log(step, loss=distributed.sum_over_processes(loss), lr=lr)
         if run.evaluation_due(step):
-            losses, hits = held_out_scores(model, held_out)
+            losses, hits, _ = held_out_scores(model, held_out)
             number = step // config.eval_every  # another sample in each evaluation
             sample = show_guesses(model, held_out[number % len(held_out)][:40])
             run.log(step, sample, dev_loss=losses.mean(), dev_accuracy=hits.mean())
