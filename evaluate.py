@@ -31,7 +31,7 @@ from common.device import best_device
 from common.files import fingerprint, read_json, write_json, write_whole
 from common.options import InputError, cli, read_options, split_words
 from data.store import Sequences, Source
-from data.tasks import PREFIXES, read_task, read_texts, splits_of
+from data.tasks import PREFIXES, read_rows, read_task, splits_of
 from model import NomicBert, NomicBertForMaskedLM
 
 # a run's folder in OUT -> its row in the ladder
@@ -403,7 +403,7 @@ def search(options, *words):
         raise InputError('the query is empty: python evaluate.py search "how do I read a csv file"')
     model, directory, length = chosen_model(options)
     corpus = Path(options.data, "search", "corpus.jsonl")
-    documents = list(read_texts(corpus).items())
+    documents = [(name, text) for _, name, text in read_rows(corpus)]
     drawn = np.random.default_rng(0).permutation(len(documents))[: options.documents or None]
     names, texts = zip(*(documents[i] for i in drawn), strict=True)
     embeddings = document_embeddings(model, directory, corpus, texts, length)

@@ -54,10 +54,11 @@ def draw_curves(logs):
     for axis, (stage, log) in zip(axes[0], logs.items(), strict=True):
         losses = [record for record in log if "loss" in record]
         sources = list(dict.fromkeys(record.get("source") for record in losses))
+        one_color = {"color": BLUE} if len(sources) == 1 else {}
         for source in sources:
             own = [r for r in losses if r.get("source") == source]
-            color = BLUE if len(sources) == 1 else None
-            axis.plot([r["step"] for r in own], [r["loss"] for r in own], color=color, label=source)
+            steps, values = ([record[key] for record in own] for key in ("step", "loss"))
+            axis.plot(steps, values, ".-", ms=3, label=source, **one_color)
         if len(sources) > 1:
             place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.25), "ncol": 3}
             axis.legend(fontsize=6, title="source of the batch", **place)

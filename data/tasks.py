@@ -27,21 +27,26 @@ PROMPTS |= dict.fromkeys([*TYPES.split(), "BitextMining"], "classification: ")
 GRADE = re.compile(r"\s*[+-]?\d{1,3}(\.0*)?([eE][+-]?0+)?\s*")
 
 
-def read_texts(path):
-    """id -> text of a corpus.jsonl or queries.jsonl; a title comes before its text [code].
-
-    Raises InputError for an empty file, and naming the line that has no id, no text, or an id that
-    another line has."""
-    texts = {}
+def read_rows(path):
+    """(line number, id, text) of each line of a corpus.jsonl or queries.jsonl; a title comes before
+    its text [code]. Raises InputError for an empty file, or a line without id or text."""
+    number = 0
     for number, row in read_json_lines(path):
         name, title, text = row.get("_id"), row.get("title") or "", row.get("text")
         if type(name) not in (str, int) or not isinstance(title, str) or not isinstance(text, str):
             raise InputError(f'{path}, line {number}: not {{"_id": ..., "text": "..."}}')
-        if str(name) in texts:
-            raise InputError(f"{path}, line {number}: the _id {name} is there twice")
-        texts[str(name)] = f"{title} {text}".strip()
-    if not texts:
+        yield number, str(name), f"{title} {text}".strip()
+    if not number:
         raise InputError(f'{path} is empty: a text is a line {{"_id": ..., "text": "..."}}')
+
+
+def read_texts(path):
+    """id -> text. Raises InputError as read_rows does, and for an id that is there twice."""
+    texts = {}
+    for number, name, text in read_rows(path):
+        if name in texts:
+            raise InputError(f"{path}, line {number}: the _id {name} is there twice")
+        texts[name] = text
     return texts
 
 
