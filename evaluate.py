@@ -299,7 +299,7 @@ def compare(task, models, options):
         length = options.max_tokens or model.config.trained_length
         ranking = task.rank(model, length, dims=options.dims or None)
         rows[name] = print_row(name, task.scores(ranking))
-    together, name = task.scores(fuse([matched, ranking])), f"{name} with BM25"
+    together, name = task.scores(fuse([matched, ranking])), f"{name} + BM25"
     rows[name] = print_row(name, together)
     print_row(
         "  minus BM25 split, paired", {m: np.subtract(together[m], alone[m]) for m in METRICS}
@@ -371,10 +371,11 @@ def retrieval(options, folder):
     if not splits_of(folder):
         raise InputError(f"{folder} has no qrels/*.tsv: the layout of a task is in data/tasks.py")
     model, directory, length = chosen_model(options)
+    name = options.model or str(directory)
     settings = f"--max-tokens={length} --dims={options.dims} --rope-factor={options.rope_factor:g}"
     for split in splits_of(folder):
-        rows = compare(Retrieval(folder, split), [(str(directory), model)], options)
-        save_results(options.out, f"retrieval {folder} {split} {directory} {settings}", rows)
+        rows = compare(Retrieval(folder, split), [(name, model)], options)
+        save_results(options.out, f"retrieval {folder} {split} {name} {settings}", rows)
 
 
 def document_embeddings(model, directory, corpus, texts, max_tokens):
