@@ -16,10 +16,7 @@ Four things make it work:
   gradient
 - each batch comes from one source of pairs. Otherwise documents of other sources would be easy
   negatives: their style alone would tell them from the right one
-- each text begins with a prefix that names the task. "search_query: " and "search_document: " allow
-  a question and its answer to be close though they are written differently, while "clustering: "
-  and "classification: " ask for texts of the same kind. Without prefixes one embedding would have
-  to serve both: whether two questions are equal, and what answers them (sec. 3.2)
+- each text begins with a prefix that names the task (data/prefixes.py says why)
 
 Shapes: b queries of this process, M documents of all processes, E dimensions of an embedding (C, or
 fewer with Matryoshka).
@@ -41,7 +38,7 @@ from common.options import InputError, cli, inherit, read_options
 from common.run import Run, adamw, learning_rate, set_lr
 from data import store
 from data.batches import PairBatches
-from evaluate import Retrieval, dev_scores
+from metrics import Retrieval, dev_scores
 from model import SHAPE, SHARED_PRESETS, ModelConfig, NomicBert
 
 

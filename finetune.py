@@ -31,7 +31,7 @@ from common.run import Run, adamw, learning_rate, set_lr
 from contrastive import backward_batch, embed, first_model, gather, info_nce_in_blocks
 from data import store
 from data.batches import PairBatches
-from evaluate import Retrieval, dev_scores
+from metrics import Retrieval, dev_scores
 
 
 @dataclass

@@ -14,15 +14,8 @@ from pathlib import Path
 
 from common.files import read_json, read_json_lines, read_lines, write_json, write_text
 from common.options import InputError
+from data.prefixes import PREFIXES
 
-# task -> what stands before the text (sec. 3.2)
-PREFIXES = {"query": "search_query: ", "document": "search_document: "}
-PREFIXES |= {"classification": "classification: ", "clustering": "clustering: "}
-# A checkpoint has them under mteb's names of task types too (sec. 5.2.1; for reranking as in the
-# released code), so that mteb finds the prefix of every task by itself
-PROMPTS = PREFIXES | {"Clustering": "clustering: ", "QuoraRetrieval-document": "search_query: "}
-TYPES = "Classification MultilabelClassification PairClassification Reranking STS Summarization"
-PROMPTS |= dict.fromkeys([*TYPES.split(), "BitextMining"], "classification: ")
 # A whole number of up to three digits, as any program may print it: 1, 2.0, -1, 1.000e+00
 GRADE = re.compile(r"\s*[+-]?\d{1,3}(\.0*)?([eE][+-]?0+)?\s*")
 

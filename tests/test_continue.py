@@ -23,7 +23,8 @@ import evaluate
 import finetune
 from common.files import SPECIAL_TOKENS, fingerprint, load_tokenizer
 from data import folder, prepare
-from data.tasks import PREFIXES, read_task
+from data.prefixes import PREFIXES
+from data.tasks import read_task
 from model import NomicBert
 
 TOPICS = {  # no heading stands in its text: which words belong to it has to be learned

@@ -9,8 +9,8 @@ import torch
 from tiny import tiny_model
 
 from common.options import InputError
+from data.prefixes import PREFIXES
 from data.store import pack
-from data.tasks import PREFIXES
 from model import ModelConfig, NomicBert, NomicBertForMaskedLM
 
 
