@@ -16,9 +16,11 @@ from data.tasks import read_judgements, read_texts, splits_of
 REASONS = "", "near held-out text", "equal to held-out text"  # why a training row is left out
 # scripts without spaces: Thai and Lao, Burmese, Khmer, Japanese and Chinese
 NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-# vowel signs and accents, which belong to the letter before them; \w lacks them
+# vowel signs and accents belong to the letter before them, and \w has none of them
 MARKS = "".join(c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c)[0] == "M")
-WORD = re.compile(rf"[{NO_SPACES}][{MARKS}]*|(?:[^\W{NO_SPACES}]+[{MARKS}]*)+")
+LETTER = rf"[^\W{NO_SPACES}]"  # or number or _
+# (?!...) is for speed: MARKS is a slow class, and what follows English words is below it
+WORD = re.compile(rf"[{NO_SPACES}][{MARKS}]*|{LETTER}+(?:(?![\0-\u02ff])[{MARKS}]+{LETTER}*)*")
 
 
 def words(text):
