@@ -97,7 +97,7 @@ def read_folder(folder):
         *parents, file = path.relative_to(folder).parts
         name = repr("/".join([*parents, file]))[1:-1]
         if path.is_symlink() and not path.is_file():
-            left_out[name] = "link to a folder, or to nothing"
+            left_out[name] = "link to a folder or to nothing"
         elif path.suffix.lower() not in SUFFIXES or not path.is_file():
             continue
         elif any(p.startswith(".") or p in ("_build", "node_modules") for p in parents):
@@ -140,7 +140,7 @@ def pairs_of(document, left_out):
         if enough and re.search(r"[^\W\d_]", query) and letters >= 0.7 * len(text):
             yield source, query, text
         else:
-            left_out["pairs too short, or with few letters"] += 1
+            left_out["pairs too short or with few letters"] += 1
 
 
 def pairs_by_source(documents, left_out):
@@ -174,7 +174,9 @@ def choose_task(pairs, left_out):
 
 
 def counted(left_out):
-    return ", ".join(f"{count:,} {what}" for what, count in left_out.items())
+    """What is left out, and how often, for a message."""
+    counts = (f"{count:,} {what}" for what, count in left_out.items() if count)
+    return ", ".join(counts) or f"no file of {', '.join(SUFFIXES)}"
 
 
 def move_files(splits, names):
@@ -192,7 +194,7 @@ def write(out, documents, tokenizer, meta, options):
     documents = sorted(documents, key=lambda d: splits[d.name] == "train")  # held-out files first
     left_out = Counter(meta["files"])
     found = pairs_by_source(documents, left_out)
-    print(f"  files: {counted(left_out)}")
+    print(f"  files and pairs: {counted(left_out)}")
     task, names = choose_task(found, left_out)
     move_files(splits, names)
 

@@ -71,13 +71,13 @@ def front_matter(text):
     first, *lines = text.split("\n")
     ends = {"---": ("---", "..."), "+++": ("+++",)}.get(first.rstrip(), ())
     end = next((i for i, line in enumerate(lines) if line.rstrip() in ends), None)
-    if end is None or ("---" in ends and not lines[0].strip()):  # above a blank line a rule
+    if end is None or ("---" in ends and not lines[0].strip()):  # a rule above a blank line
         return "", text
     source = "\n".join(lines[:end])
     try:  # BaseLoader leaves values as they are written: a title may be 007 or 2024-01-05
         fields = tomllib.loads(source) if "+++" in ends else yaml.load(source, yaml.BaseLoader)
         title = fields.get("title") or ""
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError):  # Attribute: no mapping
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError):  # the last: no mapping
         return "", text
     title = "" if isinstance(title, (list, dict)) or title in ("null", "~") else str(title)
     return " ".join(title.split()), "\n".join(lines[end + 1 :])
