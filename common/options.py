@@ -65,11 +65,12 @@ def read_options(config_class, arguments, presets=None):
 
     Options are written --key=value, with - or _ within the key; --key alone sets a bool. --help
     prints all of them and exits. Raises InputError for an unknown key and a wrong value."""
-    presets, options = presets or {"": {}}, {}
-    types, texts = {field.name: field.type for field in fields(config_class)}, {}
+    presets, options, texts = presets or {}, {}, {}
+    types = {field.name: field.type for field in fields(config_class)}
     for parent in config_class.__mro__[-2::-1]:  # a Config may be a subclass of another one
         texts |= re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(parent), re.M)
-    texts["preset"] = f"a named set of values [{', '.join(presets)}]"
+    if presets:
+        texts["preset"] = f"a named set of values [{', '.join(presets)}]"
     for argument in arguments:
         if argument in ("-h", "--help"):
             print_help(config_class, texts, presets)
@@ -78,16 +79,15 @@ def read_options(config_class, arguments, presets=None):
         key = name.removeprefix("--").replace("-", "_")
         if key not in types or not name.startswith("--"):
             near = difflib.get_close_matches(key, types, 1)
-            hint = (
-                f"did you mean --{near[0].replace('_', '-')}=...?" if near else "--help lists all"
-            )
-            raise InputError(f"{name} is not an option: {hint}")
+            hint = f"did you mean --{near[0]}=...?" if near else "--help lists all"
+            raise InputError(f"{name} is not an option: {hint.replace('_', '-')}")
         if not value and types[key] is not bool:
             raise InputError(f"{name} needs a value: {name}=...")
         options[key] = parse(name, *(value or ["true"]), types[key], texts[key])
-    preset = options.get("preset", next(iter(presets)))
-    origin = dict.fromkeys(types, "default") | dict.fromkeys(presets[preset], f"preset {preset}")
-    return config_class(**presets[preset] | options), origin | dict.fromkeys(options, "option")
+    preset = options.get("preset", next(iter(presets), None))
+    values = presets.get(preset, {})
+    origin = dict.fromkeys(types, "default") | dict.fromkeys(values, f"preset {preset}")
+    return config_class(**values | options), origin | dict.fromkeys(options, "option")
 
 
 def parse(name, text, kind, help_text):

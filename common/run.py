@@ -208,7 +208,8 @@ class Run:
             if "loss" in values:
                 self.bar.set_postfix_str(" ".join(shown), refresh=False)
             if sample:
-                self.bar.write(f"step {step + 1}: {' '.join(shown)}\n    {sample}")
+                with contextlib.suppress(OSError):  # the terminal may have closed
+                    self.bar.write(f"step {step + 1}: {' '.join(shown)}\n    {sample}")
         self.began = time.perf_counter()
 
     def diverged(self, what, step):

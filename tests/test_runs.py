@@ -1,6 +1,8 @@
 """Whole runs of the three stages, small: they end with the same bits however they were interrupted,
 and never touch what they did not write."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import random
@@ -8,16 +10,18 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from tiny import SMALL, cases, read_log, train
+from tiny import SMALL, cases, read_log, tiny_model, train
 
 import common.run
 import contrastive
@@ -27,7 +31,7 @@ import mlm
 from common.device import training_flops
 from common.files import read_json, write_json
 from common.options import InputError
-from common.run import Run
+from common.run import Run, adamw, learning_rate, set_lr
 from model import NomicBert
 
 STAGES = (mlm, contrastive, finetune)
@@ -177,7 +181,8 @@ def test_a_run_that_is_asked_to_stop_saves_first_and_says_so(data, tmp_path):
     options = ["--steps=160", "--save-every=1000"]
     expected, out = train(mlm, data, tmp_path / "undisturbed", *options), tmp_path / "stopped"
     command = [sys.executable, ROOT / "mlm.py", *SMALL, *options, f"--data={data}", f"--out={out}"]
-    for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process, before = subprocess.Popen(command, text=True, **pipes), log_lines(out)
         wait_for(lambda before=before: log_lines(out) >= before + 3, process)
@@ -256,19 +261,101 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(data, tmp_path,
 def test_a_second_run_is_refused_while_the_first_one_is_running(
     data, tmp_path, finished, monkeypatch
 ):
-    save, refused = Run.save, []
+    def start_another():
+        with pytest.raises(InputError, match="another run is writing there"):
+            train(mlm, data, tmp_path)
 
-    def save_and_start_another(run, step):
+    called = call_at_step_three(start_another, monkeypatch)
+    assert train(mlm, data, tmp_path) == finished[mlm] and called == [2]
+
+
+def call_at_step_three(function, monkeypatch):
+    """Calls it in the run that comes. Returns a list that says whether it was called."""
+    save, called = Run.save, []
+
+    def save_and_call(run, step):
         save(run, step)
         if step == 2:
-            with pytest.raises(InputError, match="another run is writing there"):
-                train(mlm, data, tmp_path)
-            refused.append(step)
+            function()
+            called.append(step)
 
-    monkeypatch.setattr(Run, "save", save_and_start_another)
-    assert train(mlm, data, tmp_path) == finished[mlm] and refused == [2]
+    monkeypatch.setattr(Run, "save", save_and_call)
+    return called
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_whose_folder_was_removed_says_so_and_writes_nothing_there(
+    replaced, data, tmp_path, monkeypatch
+):
+    def remove():
+        shutil.rmtree(tmp_path / "run")
+        if replaced:
+            shutil.copytree(tmp_path / "other", tmp_path / "run")
+
+    train(mlm, data, tmp_path / "other", "--seed=1", "--save-every=3", stop_after=3)
+    before = contents(tmp_path / "other")
+    call_at_step_three(remove, monkeypatch)
+    with pytest.raises(InputError, match="run was removed or replaced while this run was writing"):
+        train(mlm, data, tmp_path / "run")
+    assert (tmp_path / "run").exists() == replaced
+    assert [b for b, _ in contents(tmp_path / "run").values()] == (
+        [b for b, _ in before.values()] if replaced else []
+    )
+
+
+def test_a_continued_run_does_not_keep_state_pt_open(interrupted, data, tmp_path, monkeypatch):
+    out, maps = shutil.copytree(interrupted, tmp_path / "run"), []
+    monkeypatch.setattr(
+        Run, "log_due", lambda run, step: maps.append(open("/proc/self/maps").read())
+    )
+    train(mlm, data, out, "--save-every=3")
+    assert maps and not any(str(out / "state.pt") in text for text in maps)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_trained_on(number, data, tmp_path, finished, monkeypatch):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert train(mlm, data, tmp_path) == finished[mlm]
+
+
+def test_files_have_the_mode_that_the_umask_gives(finished):
+    os.umask(umask := os.umask(0))
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in contents(finished["folder"])}
+    assert modes == {0o666 & ~umask}
+
+
+def change(key, value):
+    """Replaces an entry of state.pt, by a value or by a function of the value before."""
+
+    def write(path):
+        state = torch.load(path, weights_only=True)
+        state[key] = value(state[key]) if callable(value) else value
+        torch.save(state, path)
+
+    return write
+
+
+def append(line):
+    return lambda path: path.write_bytes(path.read_bytes() + line)
+
+
+def shorten(tensors):
+    return {name: value[:-1] if value.dim() else value for name, value in tensors.items()}
+
+
+STATES = [
+    ("settings", [1]),
+    ("settings", {}),
+    ("settings", None),
+    ("model", {}),
+    ("model", shorten),
+]
+STATES += [("optimizer", {}), ("optimizer", lambda o: o | {"param_groups": o["param_groups"][:1]})]
+STATES += [("optimizer", lambda o: o | {"state": {i: shorten(s) for i, s in o["state"].items()}})]
+STATES += [("step", step) for step in ("3", 999, -1, None, 2.5, [3])]
 DAMAGED = [
     ("state.pt", lambda p: p.write_bytes(p.read_bytes()[:1000]), "state.pt is damaged"),
     ("state.pt", lambda p: torch.save([1, 2], p), "state.pt is damaged"),
@@ -276,6 +363,9 @@ DAMAGED = [
     ("run.json", lambda p: p.write_text("{"), "run.json is not JSON"),
     ("run.json", lambda p: p.unlink(), "holds something other than a run of mlm.py"),
 ]
+DAMAGED += [("state.pt", change(*entry), "state.pt is damaged") for entry in STATES]
+LINES = (b"hello\n", b"[1]\n", b'{"step": "x"}\n', b"null\n", b"{}\n", b"\n", b"\xff\n")
+DAMAGED += [("log.jsonl", append(line), "log.jsonl is damaged") for line in LINES]
 
 
 @pytest.fixture(scope="module")
@@ -291,9 +381,10 @@ def test_a_damaged_or_missing_file_of_a_run_is_an_error_that_names_it(
 ):
     out = shutil.copytree(interrupted, tmp_path / "run")
     damage(out / name)
+    before = contents(out)
     with pytest.raises(InputError, match=message) as error:
         train(mlm, data, out, "--save-every=3")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and contents(out) == before
 
 
 @pytest.mark.parametrize("text", [None, "damaged"])
@@ -374,3 +465,29 @@ def test_a_shape_that_contradicts_the_checkpoint_is_refused_by_name(data, tmp_pa
     message = "--hidden-size contradicts .*mlm, where it is 64: leave it out"
     with pytest.raises(InputError, match=message):
         train(contrastive, data, tmp_path, f"--init={finished['folder']}/mlm", "--hidden-size=128")
+
+
+# ------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+@pytest.mark.parametrize(("decay", "last"), [("linear", 1 / 940), ("sqrt", (60 / 1000) ** 0.5)])
+def test_the_learning_rate_rises_to_its_peak_and_falls(decay, last):
+    config = SimpleNamespace(lr=2.0, warmup=60, steps=1000, decay=decay)
+    rates = [learning_rate(step, config) / 2 for step in range(1000)]
+    assert (rates[0], rates[59], rates[-1]) == pytest.approx((1 / 60, 1, last))
+    assert all(np.diff(rates[:60]) > 0) and all(np.diff(rates[60:]) < 0)
+
+
+def test_word_embeddings_may_have_a_learning_rate_of_their_own():
+    """Adam's first step is the learning rate, whatever the gradient."""
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = adamw(model, 1.0, 0.0, (0.9, 0.999), 1e-30, words=0.5)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    assert set_lr(optimizer, 1e-2) == 1e-2
+    optimizer.step()
+    for name, p in model.named_parameters():
+        rate = 5e-3 if name == "embeddings.word_embeddings.weight" else 1e-2
+        assert (before[name] - p).sub(rate).abs().max() < 1e-6
