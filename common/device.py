@@ -24,11 +24,10 @@ def peak_flops(device):
 
 
 def training_flops(config, lengths, masked_share=0.0):
-    """Floating-point operations to train on texts of these lengths (B,), in tokens.
-
-    Per token: 6 for each weight of a matrix that it passes (2 forward, 4 backward), and 12 C L per
-    layer for attention in a text of L tokens. In stage 1 the head is added, for the masked share of
-    tokens. GradCache's second forward pass is not counted: useful work is what the result needs."""
+    """Floating-point operations to train on texts of these lengths (B,), in tokens. Per token: 6
+    for each weight of a matrix that it passes (2 forward, 4 backward), and 12 C L per layer for
+    attention in a text of L tokens. In stage 1 the head is added, for the masked share of tokens.
+    GradCache's second forward pass is not counted: useful work is what the result needs."""
     C, lengths = config.hidden_size, np.asarray(lengths, float)
     weights = config.num_hidden_layers * (4 * C * C + 3 * C * config.intermediate_size)
     weights += masked_share * (C * C + C * config.vocab_size)
@@ -37,8 +36,7 @@ def training_flops(config, lengths, masked_share=0.0):
 
 
 def fast_dtype(device):
-    """bfloat16 where the processor multiplies it faster (GPUs since Ampere, CPUs with AVX512_BF16
-    or AMX), else float32."""
+    """bfloat16 on GPUs since Ampere and CPUs with AVX512_BF16 or AMX, else float32."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -47,8 +45,8 @@ def fast_dtype(device):
 
 
 def move_to_device(array, device):
-    """A tensor or numpy array on a device. It goes to a GPU through pinned memory, so that the
-    program does not wait: the copy is queued behind the work that the GPU already has."""
+    """A tensor or numpy array on a device. From pinned memory the copy to a GPU is queued behind
+    the work that it already has, and the program need not wait."""
     array, device = torch.as_tensor(array), torch.device(device)
     if device.type == "cuda" and array.device.type == "cpu":
         return array.pin_memory().to(device, non_blocking=True)

@@ -6,11 +6,9 @@
 
 Every process has all weights and computes the gradient of its share of one global loss. Gradients
 are added up once in a step (`sum_gradients`), and then all processes take the same optimizer step.
-
-This is DistributedDataParallel without its wrapper, which would send gradients while others are
-still being computed. That saves little here: a step of the paper's presets takes seconds, the sum
-of 0.5 GB over NVLink milliseconds. In return the model stays a plain module, and GradCache and the
-MLM head may run backward in pieces and still send once.
+DistributedDataParallel would send gradients while others are still being computed. That saves
+little here: a step of the paper's presets takes seconds, the sum of 0.5 GB over NVLink
+milliseconds. Without it the model is a plain module that may run backward in pieces and send once.
 """
 
 import os
@@ -27,12 +25,12 @@ def start(batch_size):
     """Joins the processes that torchrun started. Returns (rank, world size, device). Raises
     InputError where they cannot meet, or where the global batch does not divide among them."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    values = {name: os.environ.get(name, "") for name in names}
-    if not any(values.values()):
+    values = [os.environ.get(name, "") for name in names]
+    if not any(values):
         return 0, 1, best_device()
-    rank, world, local, local_world = (int(v) if v.isdecimal() else -1 for v in values.values())
+    rank, world, local, local_world = (int(v) if v.isdecimal() else -1 for v in values)
     if not (0 <= rank < world and 0 <= local < local_world <= world):
-        shown = ", ".join(f"{name}={value}" for name, value in values.items())
+        shown = ", ".join(map("=".join, zip(names, values, strict=True)))
         raise InputError(f"the environment has {shown}: start with torchrun, or unset all four")
     if batch_size % world:
         raise InputError(f"--batch-size={batch_size} does not divide by {world} processes")
@@ -40,20 +38,19 @@ def start(batch_size):
     if cuda and local_world > torch.cuda.device_count():
         raise InputError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
         try:
             store, _, _ = next(dist.rendezvous("env://"))
         except (ValueError, RuntimeError) as error:
             raise InputError(f"no meeting at MASTER_ADDR and MASTER_PORT: {error}") from None
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # after a restart it still has the addresses of the processes that died
-            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-            store = dist.PrefixStore(f"attempt-{attempt}", store)
-        arguments = {"store": store, "rank": rank, "world_size": world}
-        arguments |= {"device_id": device if cuda else None}
-        dist.init_process_group("nccl" if cuda else "gloo", **arguments)
+        # after a restart torchrun's store still has the addresses of the processes that died
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        members = {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": world}
+        if cuda:
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", **members, device_id=device)
+        else:
+            dist.init_process_group("gloo", **members)
     return rank, world, device
 
 
@@ -74,10 +71,9 @@ def print_once(*values):
 
 def gather_objects(value):
     """The value of every process, in the order of their ranks."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * rank_and_world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -108,12 +104,10 @@ def sum_over_processes(value):
 
 
 def sum_gradients(model):
-    """Adds up the gradients of all processes, in place.
-
-    Each process has backpropagated its share of one global loss, so the sum is what one process
-    with the whole batch would have computed. (The released code multiplies the loss by the number
-    of processes, since DDP takes the mean. Its first version is exact; in its later one gradients
-    are that many times too large, which Adam hides and clipping does not.)"""
+    """Adds up the gradients of all processes, in place. Each has backpropagated its share of one
+    global loss, so the sum is what one process with the whole batch would have computed. (DDP takes
+    the mean, so the released code multiplies the loss by the number of processes. In its later
+    version gradients are that many times too large, which Adam hides and clipping does not.)"""
     if dist.is_initialized():
         gradients = [p.grad for p in model.parameters()]
         flat = parameters_to_vector(gradients)  # one message, not a hundred

@@ -25,9 +25,9 @@ def write_whole(path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # a kill may have left it
         temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask allows; safetensors lets only the owner in
+        mode = temporary.stat().st_mode  # as the umask says
         write(temporary)
-        temporary.chmod(mode)
+        temporary.chmod(mode)  # safetensors lets only the owner read
         os.replace(temporary, path)
     except Exception as error:  # torch, safetensors and tokenizers each raise errors of their own
         with contextlib.suppress(OSError):

@@ -121,6 +121,8 @@ class Run:
         whole = [line for line in self.log_file if line.endswith(b"\n")]  # a kill may cut the last
         with own_file(self.out / "log.jsonl"):
             kept = [line for line in whole if json.loads(line)["step"] <= self.step]
+            if kept != whole[: len(kept)]:
+                raise ValueError("its steps are not in order")
         self.log_file.truncate(sum(map(len, kept)))
 
         options, default = asdict(self.config), asdict(type(self.config)())
