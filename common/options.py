@@ -61,10 +61,9 @@ def split_words(arguments):
 
 
 def read_options(config_class, arguments, presets=None):
-    """(config, origin): all values, and for each "default", "preset NAME" or "option".
-
-    Options are written --key=value, with - or _ within the key; --key alone sets a bool. --help
-    prints all of them and exits. Raises InputError for an unknown key and a wrong value."""
+    """(config, origin): all values, and for each "default", "preset NAME" or "option". Options are
+    written --key=value, with - or _ within the key; --key alone sets a bool. --help prints all of
+    them and exits. Raises InputError for an unknown key and a wrong value."""
     presets, options, texts = presets or {}, {}, {}
     types = {field.name: field.type for field in fields(config_class)}
     for parent in config_class.__mro__[-2::-1]:  # a Config may be a subclass of another one
@@ -75,15 +74,15 @@ def read_options(config_class, arguments, presets=None):
         if argument in ("-h", "--help"):
             print_help(config_class, texts, presets)
             sys.exit(0)
-        name, *value = argument.split("=", 1)
+        name, equals, text = argument.partition("=")
         key = name.removeprefix("--").replace("-", "_")
         if key not in types or not name.startswith("--"):
             near = difflib.get_close_matches(key, types, 1)
             hint = f"did you mean --{near[0]}=...?" if near else "--help lists all"
             raise InputError(f"{name} is not an option: {hint.replace('_', '-')}")
-        if not value and types[key] is not bool:
+        if not equals and types[key] is not bool:
             raise InputError(f"{name} needs a value: {name}=...")
-        options[key] = parse(name, *(value or ["true"]), types[key], texts[key])
+        options[key] = parse(name, text if equals else "true", types[key], texts[key])
     preset = options.get("preset", next(iter(presets), None))
     values = presets.get(preset, {})
     origin = dict.fromkeys(types, "default") | dict.fromkeys(values, f"preset {preset}")
