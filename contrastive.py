@@ -263,7 +263,6 @@ def first_model(config, origin, device):
 def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
     rank, world, device = distributed.start(config.batch_size)
-    store.check_data(config.data)
     run = Run("contrastive", config, origin)
     if run.finished:
         return

@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from common.checkpoint import find_checkpoint
+from common.checkpoint import find_checkpoint, weight_files
 from common.device import best_device
 from common.files import fingerprint, read_json, write_json, write_whole
 from common.options import InputError, cli, read_options, split_words
@@ -213,7 +213,7 @@ def fuse(rankings, k=100):
 def document_embeddings(model, directory, corpus, texts, max_tokens):
     """Embeddings (n, E) of texts of the file `corpus`, kept beside the checkpoint, because to embed
     them takes minutes. A query then is one text through the model and one matrix product."""
-    files = (directory / "model.safetensors", corpus)
+    files = (*weight_files(directory), corpus)
     key = " ".join([str(max_tokens), str(model.rope), str(len(texts)), *map(fingerprint, files)])
     cache = directory / "nanoembed-search.safetensors"
     # a missing or damaged cache is made again

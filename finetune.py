@@ -211,7 +211,6 @@ def matryoshka_loss(query, document, temperature, first, sizes, keys=None):
 def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
     rank, world, device = distributed.start(config.batch_size)
-    store.check_data(config.data)
     run = Run("finetune", config, origin)
     if run.finished:
         return

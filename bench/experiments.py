@@ -24,8 +24,8 @@ from common.device import best_device
 from common.files import fingerprint, read_json, read_json_lines, write_json
 from common.options import InputError, cli, read_options, split_words
 from common.plots import plt, save_figure
-from data.store import check_data
-from evaluate import Retrieval, fuse, shown, summary
+from evaluate import fuse
+from metrics import Retrieval, shown, summary
 from model import NomicBert
 
 
@@ -196,7 +196,8 @@ def main(arguments):
     if not chosen:
         names = ", ".join(row.name for row in TABLES[table])
         raise InputError(f"--rows={options.rows}: the rows are {names}")
-    check_data(options.data)
+    for task in Retrieval.open_all(options.data, options.split):
+        print(task.about)
     results = {row.name: {} for end in chosen for row in with_starts(end)}
     for seed in whole_numbers(options.seeds):
         for name, runs in results.items():

@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from common import distributed
+from common.checkpoint import find_checkpoint, weight_files
 from common.device import device_name, peak_flops
 from common.files import fingerprint, read_json, write_json, write_whole
 from common.options import InputError
@@ -63,10 +64,11 @@ class Run:
         # a continued run has to read the same data, and to have begun with the same weights
         data, init = Path(self.config.data), self.settings.get("init")
         if not (data / "meta.json").is_file():
-            raise InputError(f"{data} is not a data folder: python data/pydocs.py --out={data}")
+            raise InputError(f"{data} is no data folder: python data/pydocs.py --out={data}")
         self.settings["data"] = fingerprint(data / "meta.json")
-        if init and (weights := sorted(Path(init).glob("*.safetensors"))):
-            self.settings["init"] = " ".join(map(fingerprint, weights))
+        if init:
+            files = weight_files(find_checkpoint(init))
+            self.settings["init"] = " ".join(map(fingerprint, files))
         state, log, other = self.out / "state.pt", self.out / "log.jsonl", "choose another --out"
         names = {path.name for path in self.out.glob("*") if path.suffix != ".tmp"}  # of a kill
         begun = "run.json" in names and read_json(self.out / "run.json").get("stage")
@@ -94,8 +96,6 @@ class Run:
             with own_file(self.out / "state.pt"):
                 model.load_state_dict(self.state["model"])
                 optimizer.load_state_dict(self.state["optimizer"])
-                for p, moments in optimizer.state.items():  # of other shapes: stack raises
-                    torch.stack((p, moments["exp_avg"], moments["exp_avg_sq"]))
             self.state = None
             distributed.print_once(f"continuing {self.out} at step {self.step}")
         total = sum(p.detach().double().sum().item() for p in model.parameters())
@@ -260,9 +260,7 @@ def own_file(path):
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise InputError(
-            f"{path} is damaged ({reason}): restore it, or remove its folder"
-        ) from None
+        raise InputError(f"{path} is damaged ({reason}): remove its folder, or restore") from None
 
 
 # ------------------------------------------------------------------------------------------------

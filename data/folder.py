@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.checkpoint import find_checkpoint
 from common.files import fingerprint, load_tokenizer
 from common.options import InputError, cli, read_options, split_words
 from data import prepare
@@ -239,7 +240,7 @@ def main(arguments):
         raise InputError(f"{len(folders)} folders given: python data/folder.py PATH")
     began, folder, add = time.time(), folders[0], options.add
     out = Path(options.out or Path("out", Path(folder).resolve().name))
-    given = options.tokenizer or add
+    given = find_checkpoint(options.tokenizer) if options.tokenizer else add
     tokenizer = load_tokenizer(given) if given else None
     documents, left_out = read_folder(folder)
     texts = "\0".join(f"{d.name}\0{d.title}\0{d.text}" for d in documents)

@@ -137,15 +137,6 @@ def truncate(ids, max_tokens):
     return np.concatenate([ids[: max_tokens - 1], ids[-1:]])
 
 
-def check_data(folder):
-    """Raises InputError where `folder` is no data folder."""
-    if not Path(folder, "meta.json").is_file():
-        raise InputError(
-            f"{folder} is not a data folder: python data/pydocs.py --out={folder} makes one of the "
-            "built-in data, data/folder.py or data/pairs.py of your own"
-        )
-
-
 def open_sources(folder, tokenizer):
     """All sources in a folder, in the order of their names."""
     folders = [path.parent for path in sorted(Path(folder).glob("*/meta.json"))]
