@@ -8,14 +8,15 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+from bench.curve import draw_pairs
 
 import contrastive
 import finetune
-from bench.curve import draw_pairs
 from common.device import best_device
 from common.options import InputError
 from data.store import Source
-from evaluate import Retrieval, scalings, shown, summary
+from evaluate import scalings
+from metrics import Retrieval, shown, summary
 from mlm import held_out_scores
 from model import NomicBert, NomicBertForMaskedLM
 
