@@ -12,9 +12,10 @@ from tiny import cases
 from common.files import fingerprint, load_tokenizer
 from common.options import InputError
 from data import folder, prepare
+from data.batches import PairBatches
 from data.duplicates import words
 from data.markup import read_markup
-from data.store import PairBatches, Source, open_sources
+from data.store import Source, open_sources
 from data.tasks import read_task
 
 TASK = "retrieval/heading-section"
