@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.shared import STAGES, print_table, whole_numbers
+from bench.speed import STAGES, print_table, whole_numbers
 from common.device import best_device
 from common.files import fingerprint, read_json, read_json_lines, write_json
 from common.options import InputError, cli, read_options, split_words
@@ -160,12 +160,11 @@ def table_of(results, tasks):
     """Yields the head and the rows. results: name of a row -> seed -> what run_row returned."""
     yield "", *(title for task in tasks for title in (task, "difference")), "from", "minutes"
     for name, runs in results.items():
-        row, cells = ROWS[name], []
+        row, others, cells = ROWS[name], results.get(ROWS[name].against, {}), [name]
         for task in tasks:
-            against = difference(runs, results.get(row.against, {}), task)
-            cells += [shown(mean_score(runs, task)), against]
+            cells += [shown(mean_score(runs, task)), difference(runs, others, task)]
         minutes = np.mean([run["minutes"] for run in runs.values()])
-        yield name, *cells, row.against, f"{minutes:.1f}" if row.stage else ""
+        yield *cells, row.against if others else "", f"{minutes:.1f}" if row.stage else ""
 
 
 def draw_curve(results, tasks):
@@ -178,7 +177,7 @@ def draw_curve(results, tasks):
             mean, error = ([score[key] for score in scores] for key in ("mean", "error"))
             label = f"after {steps:,} steps of stage 1" if steps else "random weights"
             axis.errorbar(sizes, mean, error, label=label, marker="o", ms=3, capsize=2)
-        axis.set(title=task, ylabel="nDCG@10, held-out modules", ylim=(0, None))
+        axis.set(title=task.replace("-", " → "), ylabel="nDCG@10, held-out modules", ylim=(0, None))
         axis.set(xscale="log", xlabel="pairs of stage 2")
         axis.set_xticks([*SIZES], [f"{pairs:,}" for pairs in SIZES], fontsize=7)
         axis.minorticks_off()
