@@ -118,15 +118,16 @@ def run_row(row, seed, options):
     nDCG@10 of each query}, which is kept in a file for these settings."""
     name, start = (re.sub(r"\W+", "-", name) for name in (row.name, row.start))
     settings = [fingerprint(Path(options.data, "meta.json")), options.split, options.options]
-    settings = json.dumps([*settings, row.stage, row.start, row.options, row.bm25])
-    path = Path(options.out, "scores", f"{name}-{seed}-{fingerprint(settings.encode())}.json")
+    settings += [(other.stage, other.options, other.bm25) for other in with_starts(row)]
+    key = fingerprint(json.dumps(settings).encode())
+    path = Path(options.out, "scores", f"{name}-{seed}-{key}.json")
     if path.is_file():
         return read_json(path)
     directory, model, minutes, scores = Path(options.out, str(seed)), None, 0, {}
     if row.stage:
-        given = [f"--data={options.data}", f"--out={directory / name}", f"--seed={seed}"]
-        given += ["--eval-every=0", *([f"--init={directory / start}"] if start else [])]
-        STAGES[row.stage].main([*given, *row.options.split(), *options.options.split()])
+        arguments = [f"--data={options.data}", f"--out={directory / name}", f"--seed={seed}"]
+        arguments += ["--eval-every=0", *([f"--init={directory / start}"] if start else [])]
+        STAGES[row.stage].main([*arguments, *row.options.split(), *options.options.split()])
         log = [record for _, record in read_json_lines(directory / name / "log.jsonl")]
         minutes = sum(record["tokens"] / record["tokens_per_second"] for record in log) / 60
     if row.stage or start:
@@ -197,7 +198,7 @@ def main(arguments):
         raise InputError(f"--rows={options.rows}: the rows are {names}")
     check_data(options.data)
     results = {row.name: {} for end in chosen for row in with_starts(end)}
-    for seed in whole_numbers(options.seeds):
+    for seed in whole_numbers(options.seeds, least=0):
         for name, runs in results.items():
             print(f"\n{name}, seed {seed}", flush=True)
             runs[seed] = run_row(ROWS[name], seed, options)

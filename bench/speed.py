@@ -62,11 +62,13 @@ class Options:
     longest: int = 4096  # memory: the largest batch that is tried without GradCache [0, 1e9]
 
 
-def whole_numbers(text):
+def whole_numbers(text, least=1):
     """ "8,32" -> [8, 32]. Raises InputError for anything else."""
-    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text, re.ASCII):
-        raise InputError(f"{text}: give whole numbers with commas between them")
-    return [int(number) for number in text.split(",")]
+    valid = re.fullmatch(r"\d{1,9}(,\d{1,9})*", text, re.ASCII)
+    numbers = [int(number) for number in text.split(",")] if valid else []
+    if not numbers or min(numbers) < least:
+        raise InputError(f"{text}: give whole numbers from {least} with commas between them")
+    return numbers
 
 
 def print_table(*about, rows):
@@ -99,20 +101,20 @@ def matrix_rate(config, device):
 
 
 def stages(names, arguments):
+    names, device, memory = names or list(STAGES), best_device(), ""
+    if unknown := set(names) - set(STAGES):
+        raise InputError(f"{', '.join(unknown)}: the stages are {', '.join(STAGES)}")
+    configs = [read_options(STAGES[n].Config, arguments, STAGES[n].PRESETS)[0] for n in names]
     titles = "stage", "tokens/s", "MFLOP/token", "TFLOP/s", "matrix rate, TFLOP/s", "share"
     yield *titles, "GPU memory, GiB"
-    for name in names or STAGES:
-        if name not in STAGES:
-            raise InputError(f"{name}: the stages are {', '.join(STAGES)}")
-        stage, device, memory = STAGES[name], best_device(), ""
-        config, _ = read_options(stage.Config, arguments, stage.PRESETS)
+    for name, config in zip(names, configs, strict=True):
         rate = matrix_rate(config, device)
         run.peak_flops = lambda device, rate=rate: rate  # so that the log has the share of it
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
             quiet = ["--log-every=1", "--eval-every=0", "--save-every=1e9", f"--out={folder}/run"]
-            stage.main(["--steps=12", *arguments, *quiet])
+            STAGES[name].main(["--steps=12", *arguments, *quiet])
             log = [record for _, record in read_json_lines(f"{folder}/run/log.jsonl")]
         if device.type == "cuda":
             memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"

@@ -137,7 +137,7 @@ def test_the_curve_has_a_line_for_each_start_with_the_sizes_that_were_run():
 BAD = (
     (speed.main, [], "give one of stages, train, encode, memory"),
     (speed.main, ["stages", "two"], "two: the stages are mlm, contrastive, finetune"),
-    (speed.main, ["memory", "--batches=few"], "few: give whole numbers with commas"),
+    (speed.main, ["memory", "--batches=few"], "few: give whole numbers from 1"),
     (estimate.main, ["mlm", "--gpus=0"], "--gpus=0: give a whole number"),
     (experiments.main, ["ladders"], "ladders: the tables are ladder, curve"),
     (experiments.main, ["--rows=before"], "--rows=before: the rows are BM25, "),
