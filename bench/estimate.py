@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.shared import STAGES
+from bench.speed import STAGES
 from common.device import PEAK_FLOPS, training_flops
 from common.files import load_tokenizer
 from common.options import InputError, cli, read_options, split_words
@@ -48,18 +48,14 @@ def sampled_lengths(stage, config, tokenizer):
     """column -> lengths of its texts in tokens (n,), truncated as the run truncates them."""
     if stage == "mlm":
         return {"sequence": np.array([config.seq_len])}
-    rng, lengths, sources = np.random.default_rng(0), {}, []
-    if tokenizer:
-        number = {"contrastive": 2, "finetune": 3}[stage]
-        sources = open_sources(f"{config.data}/stage{number}", tokenizer)
+    number = {"contrastive": 2, "finetune": 3}[stage]
+    sources = open_sources(f"{config.data}/stage{number}", tokenizer) if tokenizer else []
+    rng, lengths = np.random.default_rng(0), {}
     for name, median, sigma in (("query", 15, 0.75), ("document", 70, 1.0)):
-        assumed = np.exp(rng.normal(math.log(median), sigma, 10_000))  # log-normal
-        of_data = [
-            np.diff(source.columns[name].offsets[:10_001]) + len(source.prefixes[name])
-            for source in sources
-        ]
-        sample = np.concatenate(of_data or [assumed])
-        lengths[name] = sample.clip(4, getattr(config, f"{name}_tokens"))
+        columns = [(source.columns[name], len(source.prefixes[name])) for source in sources]
+        sample = [np.diff(column.offsets[:10_001]) + prefix for column, prefix in columns]
+        sample = sample or [np.exp(rng.normal(math.log(median), sigma, 10_000))]  # log-normal
+        lengths[name] = np.concatenate(sample).clip(4, getattr(config, f"{name}_tokens"))
     return lengths
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.shared import STAGES, print_table, whole_numbers
+from bench.speed import STAGES, print_table, whole_numbers
 from common.device import best_device
 from common.files import fingerprint, read_json, read_json_lines, write_json
 from common.options import InputError, cli, read_options, split_words
@@ -118,15 +118,16 @@ def run_row(row, seed, options):
     nDCG@10 of each query}, which is kept in a file for these settings."""
     name, start = (re.sub(r"\W+", "-", name) for name in (row.name, row.start))
     settings = [fingerprint(Path(options.data, "meta.json")), options.split, options.options]
-    settings = json.dumps([*settings, row.stage, row.start, row.options, row.bm25])
-    path = Path(options.out, "scores", f"{name}-{seed}-{fingerprint(settings.encode())}.json")
+    settings += [(other.stage, other.options, other.bm25) for other in with_starts(row)]
+    key = fingerprint(json.dumps(settings).encode())
+    path = Path(options.out, "scores", f"{name}-{seed}-{key}.json")
     if path.is_file():
         return read_json(path)
     directory, model, minutes, scores = Path(options.out, str(seed)), None, 0, {}
     if row.stage:
-        given = [f"--data={options.data}", f"--out={directory / name}", f"--seed={seed}"]
-        given += ["--eval-every=0", *([f"--init={directory / start}"] if start else [])]
-        STAGES[row.stage].main([*given, *row.options.split(), *options.options.split()])
+        arguments = [f"--data={options.data}", f"--out={directory / name}", f"--seed={seed}"]
+        arguments += ["--eval-every=0", *([f"--init={directory / start}"] if start else [])]
+        STAGES[row.stage].main([*arguments, *row.options.split(), *options.options.split()])
         log = [record for _, record in read_json_lines(directory / name / "log.jsonl")]
         minutes = sum(record["tokens"] / record["tokens_per_second"] for record in log) / 60
     if row.stage or start:
@@ -160,12 +161,11 @@ def table_of(results, tasks):
     """Yields the head and the rows. results: name of a row -> seed -> what run_row returned."""
     yield "", *(title for task in tasks for title in (task, "difference")), "from", "minutes"
     for name, runs in results.items():
-        row, cells = ROWS[name], []
+        row, others, cells = ROWS[name], results.get(ROWS[name].against, {}), [name]
         for task in tasks:
-            against = difference(runs, results.get(row.against, {}), task)
-            cells += [shown(mean_score(runs, task)), against]
+            cells += [shown(mean_score(runs, task)), difference(runs, others, task)]
         minutes = np.mean([run["minutes"] for run in runs.values()])
-        yield name, *cells, row.against, f"{minutes:.1f}" if row.stage else ""
+        yield *cells, row.against if others else "", f"{minutes:.1f}" if row.stage else ""
 
 
 def draw_curve(results, tasks):
@@ -178,7 +178,7 @@ def draw_curve(results, tasks):
             mean, error = ([score[key] for score in scores] for key in ("mean", "error"))
             label = f"after {steps:,} steps of stage 1" if steps else "random weights"
             axis.errorbar(sizes, mean, error, label=label, marker="o", ms=3, capsize=2)
-        axis.set(title=task, ylabel="nDCG@10, held-out modules", ylim=(0, None))
+        axis.set(title=task.replace("-", " → "), ylabel="nDCG@10, held-out modules", ylim=(0, None))
         axis.set(xscale="log", xlabel="pairs of stage 2")
         axis.set_xticks([*SIZES], [f"{pairs:,}" for pairs in SIZES], fontsize=7)
         axis.minorticks_off()
@@ -199,7 +199,7 @@ def main(arguments):
     for task in Retrieval.open_all(options.data, options.split):
         print(task.about)
     results = {row.name: {} for end in chosen for row in with_starts(end)}
-    for seed in whole_numbers(options.seeds):
+    for seed in whole_numbers(options.seeds, least=0):
         for name, runs in results.items():
             print(f"\n{name}, seed {seed}", flush=True)
             runs[seed] = run_row(ROWS[name], seed, options)

@@ -10,19 +10,19 @@ stages: the median of 12 steps (--steps), without the first two. Operations are 
 (common/device.py). The matrix rate is that of one layer's products in the same type.
 
 train, encode: transformers and sentence-transformers have the same weights and texts, half
-precision where it is fast, and texts sorted by length; the best of --tries is what counts. A
-training step is forward, backward and AdamW; texts were tokenized and masked before. Ours is
-compiled on a GPU. Padding does not count as tokens. The first loss, or the smallest cosine with our
-embeddings, shows that both compute the same.
+precision where it is fast, and texts sorted by length; the fastest of --tries is what counts. A
+training step is forward, backward and AdamW on texts that are tokenized and masked before. Padding
+does not count as tokens. The first loss, or the smallest cosine with our embeddings, shows that
+both compute the same.
 
-memory: the peak of a process of its own, on a GPU where there is one, less what it had before the
-step. With GradCache only token ids, embeddings and their gradients grow with the batch: 16 C bytes
-a pair.
+memory: the peak of a process of its own, less what it had before the step, on a GPU where there is
+one. With GradCache only token ids, embeddings and their gradients grow: 16 C bytes a pair.
 """
 
 import contextlib
 import math
 import os
+import re
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -39,14 +39,16 @@ from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import contrastive
+import finetune
 import mlm
-from bench.shared import STAGES, print_table, whole_numbers
 from common import run
-from common.device import best_device, choose_dtype, fast_dtype
+from common.device import best_device, choose_dtype, device_name, fast_dtype
 from common.files import load_tokenizer, read_json_lines
 from common.options import InputError, cli, read_options, split_words
 from data import store
 from model import ModelConfig, NomicBert, NomicBertForMaskedLM
+
+STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
 
 
 @dataclass
@@ -58,6 +60,29 @@ class Options:
     rounds: int = 3  # train, encode: how often each is timed; the median counts
     batches: str = "1024,4096,16384"  # memory: pairs
     longest: int = 4096  # memory: the largest batch that is tried without GradCache [0, 1e9]
+
+
+def whole_numbers(text, least=1):
+    """ "8,32" -> [8, 32]. Raises InputError for anything else."""
+    valid = re.fullmatch(r"\d{1,9}(,\d{1,9})*", text, re.ASCII)
+    numbers = [int(number) for number in text.split(",")] if valid else []
+    if not numbers or min(numbers) < least:
+        raise InputError(f"{text}: give whole numbers from {least} with commas between them")
+    return numbers
+
+
+def print_table(*about, rows):
+    """Prints the machine and `about` in a line, then a table of which the first row is the head."""
+    machine = f"torch {torch.__version__}", device_name(best_device())
+    print("", ", ".join([*machine, *about]), "", sep="\n", flush=True)
+    for number, cells in enumerate(rows):
+        print(f"| {' | '.join(cells)} |", flush=True)
+        if number == 0:
+            print("|---" + "|---:" * (len(cells) - 1) + "|")
+
+
+# ------------------------------------------------------------------------------------------------
+# The stages
 
 
 def matrix_rate(config, device):
@@ -76,26 +101,26 @@ def matrix_rate(config, device):
 
 
 def stages(names, arguments):
+    names, device, memory = names or list(STAGES), best_device(), ""
+    if unknown := set(names) - set(STAGES):
+        raise InputError(f"{', '.join(unknown)}: the stages are {', '.join(STAGES)}")
+    configs = [read_options(STAGES[n].Config, arguments, STAGES[n].PRESETS)[0] for n in names]
     titles = "stage", "tokens/s", "MFLOP/token", "TFLOP/s", "matrix rate, TFLOP/s", "share"
     yield *titles, "GPU memory, GiB"
-    for name in names or STAGES:
-        if name not in STAGES:
-            raise InputError(f"{name}: the stages are {', '.join(STAGES)}")
-        stage, device, memory = STAGES[name], best_device(), ""
-        config, _ = read_options(stage.Config, arguments, stage.PRESETS)
+    for name, config in zip(names, configs, strict=True):
         rate = matrix_rate(config, device)
         run.peak_flops = lambda device, rate=rate: rate  # so that the log has the share of it
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
             quiet = ["--log-every=1", "--eval-every=0", "--save-every=1e9", f"--out={folder}/run"]
-            stage.main(["--steps=12", *arguments, *quiet])
+            STAGES[name].main(["--steps=12", *arguments, *quiet])
             log = [record for _, record in read_json_lines(f"{folder}/run/log.jsonl")]
         if device.type == "cuda":
             memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
         steps = [(record["tokens_per_second"], record["share_of_peak"]) for record in log]
         speed, share = np.median(steps[2:] or steps, axis=0)
-        flops, rate = share * rate, max(rate, matrix_rate(config, device))  # speeds of a CPU vary
+        flops, rate = share * rate, max(rate, matrix_rate(config, device))  # a CPU's speed varies
         cells = f"{speed:,.0f}", f"{flops / speed / 1e6:.1f}", f"{flops / 1e12:.3f}"
         yield name, *cells, f"{rate / 1e12:.3f}", f"{flops / rate:.0%}", memory
 
@@ -303,12 +328,12 @@ def memory(folder, options, config):
     os.environ |= CACHES
     for pairs in whole_numbers(options.batches):
         peaks = []
-        for limit in (0, math.inf)[: 2 if pairs <= options.longest else 1]:
-            with ProcessPoolExecutor(1, get_context("spawn")) as process:  # its own peak
+        for limit in (0, math.inf) if pairs <= options.longest else (0,):
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
                 changed = replace(config, tokens_in_memory=limit)
                 tokens, peak = process.submit(memory_of_step, pairs, changed).result()
             peaks.append(f"{peak:,.0f}")
-        yield f"{pairs:,}", f"{tokens:,}", peaks[0], *(peaks[1:] or [""])
+        yield f"{pairs:,}", f"{tokens:,}", *peaks
 
 
 def main(arguments):

@@ -22,7 +22,7 @@ SMALL = {  # script, or script and command -> options that make it small; the la
     "contrastive.py": "--steps=3 --batch-size=8 --eval-every=0",
     "finetune.py": "--steps=3 --batch-size=8 --eval-every=0",
     "bench/speed.py": "--preset=laptop --texts=8 --tries=8 --rounds=1 --batches=64",
-    "bench/speed.py stages": f"--steps=4 --batch-size=8 --compile=false {SHAPE}",
+    "bench/speed.py stages": f"--steps=3 --batch-size=2 --compile=false {SHAPE}",
     "bench/experiments.py": f"--rows=BM25 --seeds=0 --options='{SHAPE}'",
     "bench/experiments.py curve": f"--rows='1500 pairs from' --options='{SHAPE} --steps=2'",
 }
