@@ -374,7 +374,8 @@ class NomicBert(nn.Module):
 
 def mean_pool(hidden, cu_seqlens):
     """The mean of each text's hidden states, [CLS], [SEP] and prefix included: (N, C) -> (B, C), in
-    float32, or in float64 if the hidden states are float64."""
+    float32, or in float64 if the hidden states are float64. Sums have the type of the result, and
+    float64 without gradients: a running sum of 8,192 float32 numbers loses digits."""
     lengths = move_to_device(cu_seqlens, hidden.device).diff()  # (B,)
     text = torch.repeat_interleave(lengths, output_size=len(hidden))  # (N,): text of each token
     dtype = torch.promote_types(hidden.dtype, torch.float32)
