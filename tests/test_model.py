@@ -217,7 +217,7 @@ def test_an_embedding_is_the_mean_of_the_hidden_states_at_unit_length():
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_the_mean_of_a_long_text_is_precise(dtype, grad):
     """A running sum of bf16 numbers stops growing at 256; one of float32 is off by 2e-4, which is
     too much without gradients, where an embedding is to be equal whatever its batch."""

@@ -18,7 +18,8 @@ def angles_of(length, rope):
 def test_a_pair_is_turned_by_its_angle():
     theta = torch.tensor([[0.7]])
     turned = rotate(torch.tensor([[1.0, 0.0]]), theta.cos(), theta.sin())
-    assert turned.tolist() == [pytest.approx([math.cos(0.7), math.sin(0.7)])]
+    assert turned.shape == (1, 2)
+    assert turned[0].tolist() == pytest.approx([math.cos(0.7), math.sin(0.7)])
 
 
 def test_a_pair_is_a_feature_of_each_half():
