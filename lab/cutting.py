@@ -53,7 +53,7 @@ def written(exercise, work):
         function = cut(path.read_text(encoding="utf-8-sig"), exercise.function.split(".")[-1])
         node = ast.parse(function).body[0]
     except (SyntaxError, ValueError, OSError, RecursionError, MemoryError) as error:
-        return "", f"{path}: {error or 'too deeply nested'}"
+        return "", f"{path}: {str(error) or 'too deeply nested'}"
     statements = node.body[bool(ast.get_docstring(node)) :]
     untouched = [type(statement) for statement in statements] == [ast.Raise]
     return ("", "not begun") if untouched else (function, "")

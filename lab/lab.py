@@ -93,14 +93,17 @@ def judge(exercise, function):
 
 
 def feedback(exercise, test, traceback):
-    """What failed, in two lines: the claim, and the line of the student's function or the
-    numbers."""
+    """What failed, in two lines: the claim; the line of the student's function, or the numbers."""
     function = exercise.function.split(".")[-1]
     lines = re.findall(rf"^{exercise.file}:\d+: in {function}\n +(.*)", traceback, re.M)
     where = f"in your line `{lines[-1]}`: " if lines else ""
     reasons = [line for line in re.findall("^E +(.*)", traceback, re.M) if line[:2] != "+ "]
-    claim = test.removeprefix("test_").replace("_", " ")
-    return f"not yet: {claim}\n    {where}{' '.join(reasons or [traceback.strip()])[:250]}"
+    reason = " ".join(reasons) or "the test was skipped"
+    reason = reason[-250:] if "Traceback" in reason else reason[:250]  # of another process: its end
+    claim = f"{exercise.file} with your function can be imported"
+    if test.startswith("test_"):
+        claim = test.removeprefix("test_").replace("_", " ")
+    return f"not yet: {claim}\n    {where}{reason}"
 
 
 def fetch(source, out):
