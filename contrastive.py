@@ -10,12 +10,16 @@ the paper uses 235 million such pairs.
     torchrun --nproc-per-node=2 contrastive.py --init=out/mlm       # two processes, same result
     torchrun --nproc-per-node=8 contrastive.py --preset=paper --init=out/mlm --data=DIR
 
-Three things make it work:
+Four things make it work:
 - the loss, InfoNCE: choose the right document among all documents of the batch
 - large batches, with more to choose from. GradCache computes them in pieces, with the exact
   gradient
-- each batch comes from one source of pairs, and each text begins with a prefix that names the task
-  (data/store.py)
+- each batch comes from one source of pairs. Otherwise documents of other sources would be easy
+  negatives: their style alone would tell them from the right one
+- each text begins with a prefix that names the task. "search_query: " and "search_document: " allow
+  a question and its answer to be close though they are written differently, while "clustering: "
+  and "classification: " ask for texts of the same kind. Without prefixes one embedding would have
+  to serve both: whether two questions are equal, and what answers them (sec. 3.2)
 
 Shapes: b queries of this process, M documents of all processes, E dimensions of an embedding (C, or
 fewer with Matryoshka).
@@ -34,30 +38,31 @@ from common import distributed
 from common.device import choose_dtype, move_to_device, training_flops
 from common.files import load_tokenizer
 from common.options import InputError, cli, inherit, read_options
-from common.run import Run, adamw, set_lr
-from data import pydocs, store
+from common.run import Run, adamw, learning_rate, set_lr
+from data import store
 from evaluate import Retrieval, dev_scores
-from model import SHAPE, SHAPES, ModelConfig, NomicBert
+from model import SHAPE, SHARED_PRESETS, ModelConfig, NomicBert
 
 
 @dataclass
 class Config:
     preset: str = "laptop"  # a named set of values: laptop, gpu or paper
-    data: str = "out/pydocs"  # a data folder; the default one is made where it is missing
+    data: str = "out/pydocs"  # a data folder: python data/pydocs.py makes this one
     init: str = ""  # a checkpoint to start from, such as out/mlm; empty: random weights
     out: str = "out/contrastive"  # for the checkpoint and the log
     resume: bool = False  # insist on continuing the run in OUT (the same command does it anyway)
     seed: int = 0  # decides the first weights and the order of the data [0, 1e18]
-    precision: str = "auto"  # of the activations: bf16, float32, or auto: bf16 where it is faster
+    precision: str = "auto"  # of activations; auto: bf16 where it is faster [auto, bf16, float32]
     compile: bool = False  # fuse the operations of a block: pays in runs of many minutes
 
     hidden_size: int = 256  # C; this and the next five come from --init, if given [2, 65536]
-    num_hidden_layers: int = 2  # transformer blocks; 0: the mean of word vectors [0, 1000]
+    num_hidden_layers: int = 1  # transformer blocks; 0: the mean of word vectors [0, 1000]
     num_attention_heads: int = 4  # H; heads of 64 features, as the paper's [1, 1000]
     intermediate_size: int = 512  # width of the feed-forward layers [1, 1e6]
     rope_base: float = 1000.0  # sec. 3.4 [1, 1e9]
     trained_length: int = 128  # tokens; Dynamic NTK is for longer texts [4, 1e6]
 
+    pairs: int = 0  # train on so many pairs only, the same share of each source; 0: all [0, 1e12]
     batch_size: int = 512  # pairs in a step, over all processes: the documents to choose from
     weights: str = ""  # faq=2,halves=0.5: repeats of a source in an epoch; empty: as the data says
     query_tokens: int = 48  # queries are truncated to this length [3, 1e6]
@@ -67,9 +72,9 @@ class Config:
     tokens_in_memory: int = 65_536  # a process with more tokens in a step uses GradCache [0, 1e9]
 
     steps: int = 200  # optimizer steps
-    lr: float = 2e-3  # peak; 3e-3 from random weights, 3e-4 after a long stage 1 [0, 1000]
+    lr: float = 3e-3  # peak; from random weights. After a long stage 1: 3e-4 [0, 1000]
     warmup: int = 20  # steps in which the rate rises [0, 1e9]
-    decay: str = "linear"  # of the rate after that: linear, to 0 at the end, or sqrt, as the paper
+    decay: str = "linear"  # of the rate after that, or sqrt, as the paper [linear, sqrt]
     weight_decay: float = 0.01  # of matrices; norms have none [0, 1]
     clip: float = 1.0  # largest norm of the gradient [0, 1e9]
 
@@ -81,14 +86,12 @@ class Config:
 PRESETS = {
     "laptop": {},
     "gpu": {
-        **SHAPES["gpu"],
+        **SHARED_PRESETS["gpu"],
         "trained_length": 512,
         "batch_size": 2048,
         "query_tokens": 64,
         "document_tokens": 256,
-        "micro_batch_tokens": 65_536,
         "tokens_in_memory": 262_144,
-        "compile": True,
         "steps": 1500,
         "lr": 5e-4,
         "warmup": 150,
@@ -96,14 +99,11 @@ PRESETS = {
         "eval_every": 250,
     },
     "paper": {  # sec. 4.2.3 where nothing else is said
-        **SHAPES["paper"],
+        **SHARED_PRESETS["paper"],
         "trained_length": 2048,
         "batch_size": 16_384,
         "query_tokens": 2048,  # the later reader truncates queries to 32 and
         "document_tokens": 2048,  # documents to 256 tokens [code]
-        "micro_batch_tokens": 65_536,  # ours; the released GradCache takes 64 texts [code]
-        "tokens_in_memory": 65_536,
-        "compile": True,
         "steps": 14_316,  # one epoch of 234,553,344 pairs (table 7)
         "lr": 2e-4,  # the paper's first version prints 2e-5
         "warmup": 700,
@@ -112,17 +112,6 @@ PRESETS = {
         "save_every": 1000,
     },
 }
-
-
-def learning_rate(step, config):
-    """Rises linearly for `warmup` steps, then falls with the inverse square root of the step, as in
-    the paper (the later code: cosine), or linearly to 0, which is better in a run of minutes."""
-    warmup = max(1, config.warmup)
-    if config.decay == "linear":
-        left = (config.steps - step) / max(1, config.steps - warmup)
-    else:
-        left = (warmup / (step + 1)) ** 0.5
-    return config.lr * min((step + 1) / warmup, left)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -154,15 +143,15 @@ def without_copies(logits, right, keys):
 
 def info_nce_in_blocks(query, document, temperature, first=0, keys=None, logits_in_memory=1 << 23):
     """The same, with at most so many logits in memory: those of 65,536 pairs would take 16 GiB.
-    The logits of a block of queries are discarded, and computed again for the gradient."""
+    The logits of a block of queries are discarded, and computed again for the gradient, which
+    costs little beside the model (mlm.py avoids it, where logits are half the work)."""
     rows = max(1, logits_in_memory // len(document))
     if rows >= len(query):
         return info_nce(query, document, temperature, first, keys)
-    loss = 0.0
-    for start in range(0, len(query), rows):
-        block = query[start : start + rows]
-        arguments = (info_nce, block, document, temperature, first + start, keys)
-        loss += checkpoint(*arguments, use_reentrant=False, preserve_rng_state=False)
+    loss, how = 0.0, {"use_reentrant": False, "preserve_rng_state": False}
+    for i in range(0, len(query), rows):
+        block = query[i : i + rows]
+        loss += checkpoint(info_nce, block, document, temperature, first + i, keys, **how)
     return loss
 
 
@@ -175,9 +164,9 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -198,9 +187,10 @@ def gather(x):
 def embed(model, texts, micro_batch_tokens):
     """Embeddings of B texts (id arrays), a micro-batch at a time: (B, E), in the order given."""
     groups = store.split_by_tokens([len(text) for text in texts], micro_batch_tokens)
-    parts = [model.embed(*store.pack([texts[i] for i in group], model.device)) for group in groups]
+    batches = (store.pack([texts[i] for i in group], model.device) for group in groups)
+    embeddings = torch.cat([model.embed(*batch) for batch in batches])  # (B, E), longest text first
     order = move_to_device(np.argsort(np.concatenate(groups)), model.device)
-    return torch.cat(parts).index_select(0, order)
+    return embeddings.index_select(0, order)
 
 
 def grad_cache(model, texts, loss_of, micro_batch_tokens):
@@ -254,9 +244,7 @@ def first_model(config, origin, device):
         names = (*SHAPE, "rope_base", "trained_length")
         inherit(config, origin, {name: getattr(model.config, name) for name in names}, config.init)
     else:
-        distributed.print_once(
-            "starting from random weights; from stage 1: python mlm.py, then --init=out/mlm here"
-        )
+        distributed.print_once("starting from random weights; --init=DIR: from a checkpoint")
         tokenizer = load_tokenizer(config.data)
         size = tokenizer.get_vocab_size()
         model = NomicBert(ModelConfig.from_options(config, size, config.trained_length))
@@ -264,7 +252,7 @@ def first_model(config, origin, device):
     if max(config.query_tokens, config.document_tokens) > config.trained_length:
         reason = f"the model is trained for {config.trained_length} tokens"
         raise InputError(f"--query-tokens, --document-tokens: {reason}, give no more")
-    model.to(device)
+    model.to(device).train()
     model.dtype = choose_dtype(config.precision, device)
     if config.compile:
         model.compile_blocks()
@@ -276,26 +264,26 @@ def first_model(config, origin, device):
 
 def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
-    if config.decay not in ("sqrt", "linear"):
-        raise InputError(f"--decay={config.decay}: give sqrt or linear")
     rank, world, device = distributed.start(config.batch_size)
-    distributed.call_everywhere(lambda: rank == 0 and pydocs.make_if_missing(config.data))
+    store.check_data(config.data)
     run = Run("contrastive", config, origin)
     if run.finished:
         return
 
     model = first_model(config, origin, device)
     sources = store.open_sources(f"{config.data}/stage2", model.tokenizer)
-    pairs = store.PairBatches(sources, config.batch_size, config.seed, config.weights)
+    batches = store.PairBatches(
+        sources, config.batch_size, config.seed, config.weights, config.pairs
+    )
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
     betas, eps = (0.9, 0.999), 1e-8
     optimizer = adamw(model, config.lr, config.weight_decay, betas, eps)
-    run.begin(model, optimizer, **model.about(), **pairs.about())
+    run.begin(model, optimizer, **model.about(), **batches.about())
     share = config.batch_size // world  # pairs of this process
 
     def batch_of(step):
         """This process's share of a batch, all from one source: its queries, then its documents."""
-        source, rows = pairs.at(step)
+        source, rows = batches.at(step)
         rows = rows[rank * share : (rank + 1) * share]
         queries = source.texts("query", rows, config.query_tokens)
         documents = source.texts("document", rows, config.document_tokens)

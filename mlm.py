@@ -8,7 +8,7 @@ grammar, and something of what the text is about. Any text will do: nobody has t
     torchrun --nproc-per-node=8 mlm.py --preset=paper --data=DIR
 
 What the paper changes in BERT's recipe: 30% of the tokens are masked instead of 15% (after Wettig
-et al., arXiv 2202.08005); there is no next-sentence task; texts are joined and split, so that every
+et al., arXiv 2202.08005); there is no next-sentence task; texts are joined, and split where a
 sequence is full; and a sequence has 2,048 tokens.
 
 An untrained model spreads its guesses over the vocabulary, so the loss begins near ln V: 9.0 for a
@@ -25,19 +25,19 @@ from common import distributed
 from common.device import choose_dtype, move_to_device, training_flops
 from common.files import load_tokenizer
 from common.options import cli, read_options
-from common.run import Run, adamw, set_lr
-from data import pydocs, store
-from model import SHAPES, ModelConfig, NomicBertForMaskedLM
+from common.run import Run, adamw, learning_rate, set_lr
+from data import store
+from model import SHARED_PRESETS, ModelConfig, NomicBertForMaskedLM
 
 
 @dataclass
 class Config:
     preset: str = "laptop"  # a named set of values: laptop, gpu or paper
-    data: str = "out/pydocs"  # a data folder; the default one is made where it is missing
+    data: str = "out/pydocs"  # a data folder: python data/pydocs.py makes this one
     out: str = "out/mlm"  # for the checkpoint and the log
     resume: bool = False  # insist on continuing the run in OUT (the same command does it anyway)
     seed: int = 0  # decides the first weights, the order of the data, and the masks [0, 1e18]
-    precision: str = "auto"  # of the activations: bf16, float32, or auto: bf16 where it is faster
+    precision: str = "auto"  # of activations; auto: bf16 where it is faster [auto, bf16, float32]
     compile: bool = False  # fuse the operations of a block: pays in runs of many minutes
 
     hidden_size: int = 256  # C [2, 65536]
@@ -53,7 +53,8 @@ class Config:
 
     steps: int = 1600  # optimizer steps
     lr: float = 2e-3  # peak of the learning rate; small models need a larger one [0, 1000]
-    warmup: float = 0.06  # share of the steps in which the rate rises [0, 1]
+    warmup: int = 100  # steps in which the rate rises [0, 1e9]
+    decay: str = "linear"  # of the rate after that [code] [linear, sqrt]
     weight_decay: float = 1e-5  # of matrices; norms have none [0, 1]
     beta2: float = 0.98  # of AdamW; beta1 is 0.9 [0, 0.99999]
 
@@ -65,39 +66,28 @@ class Config:
 PRESETS = {
     "laptop": {},
     "gpu": {
-        **SHAPES["gpu"],
+        **SHARED_PRESETS["gpu"],
         "seq_len": 512,
         "batch_size": 256,
-        "micro_batch_tokens": 65_536,
-        "compile": True,
         "steps": 4000,
         "lr": 1e-3,
+        "warmup": 240,
         "eval_every": 500,
         "save_every": 500,
     },
     "paper": {  # sec. 4.1.2 and table 2 where nothing else is said
-        **SHAPES["paper"],
+        **SHARED_PRESETS["paper"],
         "seq_len": 2048,
         "batch_size": 4096,
-        "micro_batch_tokens": 65_536,  # ours; it does not change the result
-        "compile": True,
         "steps": 100_000,
         "lr": 5e-4,  # the code of the time has 1e-3, which the paper found unstable
-        "warmup": 0.06,
+        "warmup": 6000,
         "weight_decay": 1e-5,
         "beta2": 0.98,
         "eval_every": 1000,
         "save_every": 1000,
     },
 }
-
-
-def learning_rate(step, config):
-    """Rises linearly over the first `warmup` of the steps, then falls linearly to 0 [code]."""
-    warmup = max(1, round(config.warmup * config.steps))
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    return config.lr * (config.steps - step) / (config.steps - warmup)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -120,25 +110,25 @@ def mask_tokens(tokens, probability, rng, mask_id, special_ids, vocab_size):
 
 
 class Masker:
-    """mask_tokens for the texts of a batch. The mask of a text depends on its own seed alone."""
+    """mask_tokens for the sequences of a batch. The mask of each depends on its own seed alone."""
 
     def __init__(self, tokenizer):
         special = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
         self.special_ids = [tokenizer.token_to_id(token) for token in special]
         self.mask_id, self.vocab_size = self.special_ids[-1], tokenizer.get_vocab_size()
 
-    def __call__(self, texts, probability, seeds):
+    def __call__(self, sequences, probability, seeds):
         """B id arrays and as many seeds -> packed inputs (N,), cu_seqlens (B + 1,), the positions
         of the chosen tokens (M,), and their ids (M,): the targets."""
         ids = (self.mask_id, self.special_ids, self.vocab_size)
         masked = [
-            mask_tokens(text, probability, np.random.default_rng(seed), *ids)
-            for text, seed in zip(texts, seeds, strict=True)
+            mask_tokens(sequence, probability, np.random.default_rng(seed), *ids)
+            for sequence, seed in zip(sequences, seeds, strict=True)
         ]
         inputs, chosen = zip(*masked, strict=True)
         inputs, cu_seqlens = store.pack(inputs)
         positions = np.flatnonzero(np.concatenate(chosen))
-        targets = np.concatenate(texts)[positions]
+        targets = np.concatenate(sequences)[positions]
         return inputs, cu_seqlens, torch.from_numpy(positions), torch.from_numpy(targets)
 
 
@@ -161,7 +151,8 @@ def backward_in_chunks(model, batch, total, logits_in_memory=1 << 25):
     Logits (M, V) are the largest matrix of all: 2.4 GB for the 20,000 masked tokens of a
     micro-batch of the paper preset, and as much again for their gradient. So the head runs forward
     and backward for some tokens, then for the next ones; the encoder runs backward once, from the
-    gradient of its hidden states."""
+    gradient of its hidden states. No logits are computed twice, as they are in
+    info_nce_in_blocks (contrastive.py): here they are a good part of the work."""
     tokens, cu_seqlens, positions, targets = batch
     hidden = model.bert(tokens, cu_seqlens).index_select(0, positions)  # (M, C)
     detached = hidden.detach().requires_grad_()  # the head's graph ends here
@@ -179,23 +170,25 @@ def backward_in_chunks(model, batch, total, logits_in_memory=1 << 25):
 
 
 @torch.no_grad()
-def held_out_scores(model, texts, piece=None, micro_batch_tokens=8192):
-    """How well the model predicts masked tokens of held-out texts: the loss of each (M,), and
-    whether the most likely token is right (M,). 15% of the tokens are masked, as in the released
-    code, and the same ones in every call.
+def held_out_scores(model, sequences, piece=None, micro_batch_tokens=8192):
+    """How well the model predicts masked tokens of held-out sequences. 15% of the tokens are
+    masked, as in the released code, and the same ones in every call.
 
-    piece: reads each text in pieces of so many tokens, as if they were texts of their own; it must
-    divide the length of every text."""
-    masker, losses, hits = Masker(model.bert.tokenizer), [], []
-    for group in store.split_by_tokens([len(text) for text in texts], micro_batch_tokens):
-        batch = masker([texts[i] for i in group], 0.15, [[int(i)] for i in group])
+    Returns the loss of each masked token (M,), whether the most likely token is right (M,), and
+    the number of the sequence that it is in (M,). piece: reads each sequence in pieces of so many
+    tokens, as if they were sequences of their own; it must divide the length of each."""
+    masker, scores = Masker(model.bert.tokenizer), []
+    for group in store.split_by_tokens([len(ids) for ids in sequences], micro_batch_tokens):
+        batch = masker([sequences[i] for i in group], 0.15, [[int(i)] for i in group])
         tokens, cu_seqlens, positions, targets = (x.to(model.bert.device) for x in batch)
-        if piece:  # to split a packed batch is to say where its texts begin
+        number = torch.bucketize(positions, cu_seqlens[1:], right=True).cpu()  # within the group
+        if piece:  # to split a packed batch is to say where its sequences begin
             cu_seqlens = torch.arange(0, len(tokens) + 1, piece, device=tokens.device).int()
         logits = model(tokens, cu_seqlens, positions).float()  # (M, V)
-        losses.append(F.cross_entropy(logits, targets, reduction="none"))
-        hits.append((logits.argmax(-1) == targets).float())
-    return torch.cat(losses).cpu(), torch.cat(hits).cpu()
+        losses = F.cross_entropy(logits, targets, reduction="none").cpu()
+        hits = (logits.argmax(-1) == targets).float().cpu()
+        scores.append((losses, hits, torch.from_numpy(group)[number]))
+    return tuple(map(torch.cat, zip(*scores, strict=True)))
 
 
 @torch.no_grad()
@@ -218,7 +211,7 @@ def show_guesses(model, text):
 def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
     rank, world, device = distributed.start(config.batch_size)
-    distributed.call_everywhere(lambda: rank == 0 and pydocs.make_if_missing(config.data))
+    store.check_data(config.data)
     run = Run("mlm", config, origin)
     if run.finished:
         return
@@ -247,10 +240,10 @@ def main(arguments):
         """This process's share of a batch, in micro-batches; how many tokens of it are masked."""
         rows = train.rows(step, config.batch_size, config.seed)[rank * share : (rank + 1) * share]
         micro_batches = []
-        for part in np.split(rows, range(at_once, share, at_once)):
-            seeds = [[config.seed, step, row] for row in part]
-            texts = [train[row] for row in part]
-            micro_batches.append(masker(texts, config.mask_probability, seeds))
+        for some in np.split(rows, range(at_once, share, at_once)):
+            seeds = [[config.seed, step, row] for row in some]
+            sequences = [train[row] for row in some]
+            micro_batches.append(masker(sequences, config.mask_probability, seeds))
         return micro_batches, sum(len(positions) for _, _, positions, _ in micro_batches)
 
     for step, (micro_batches, masked) in run.steps(batch_of):
@@ -272,7 +265,7 @@ def main(arguments):
         if run.log_due(step):
             run.log(step, loss=distributed.sum_over_processes(loss), lr=lr)
         if run.evaluation_due(step):
-            losses, hits = held_out_scores(model, held_out)
+            losses, hits, _ = held_out_scores(model, held_out)
             number = step // config.eval_every  # another sample in each evaluation
             sample = show_guesses(model, held_out[number % len(held_out)][:40])
             run.log(step, sample, dev_loss=losses.mean(), dev_accuracy=hits.mean())

@@ -10,18 +10,23 @@ What it keeps: post-norm, token type embeddings (type 0 everywhere), and an MLM 
 matrix is the table of word embeddings.
 
 What differs from most PyTorch code: there is no padding and no attention mask. A batch is one
-packed stream of N tokens, and cu_seqlens (cumulative sequence lengths) says where its texts begin.
-Embeddings, norms and linear layers work on (N, C); only attention and pooling look at texts. No
-computation is spent on padding, and no text's embedding depends on what it was batched with.
+packed stream of N tokens, and cu_seqlens (cumulative sequence lengths) says where its sequences
+begin. Embeddings, norms and linear layers work on (N, C); only attention and pooling look at
+sequences. No computation is spent on padding, and no text's embedding depends on what it was
+batched with.
 
-Shapes: N tokens in the packed batch, B texts, H heads, D head size, C = H * D hidden size,
-V vocabulary, M masked positions. Modules have the names of the published checkpoints. In all files,
-[code] is the released training code, github.com/nomic-ai/contrastors at commit 613ddfd.
+Shapes, in all files: N tokens in the packed batch, B sequences, H heads, D head size, C = H * D
+hidden size, V vocabulary, M masked positions. A sequence is a text, or in stage 1 as much text as
+fits. Modules have the names of the published checkpoints. In all files, [code] is the released
+training code, github.com/nomic-ai/contrastors at commit 613ddfd.
 """
 
 import functools
+import itertools
+import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -40,9 +45,10 @@ from data.tasks import PROMPTS
 from rope import Rope, rope_angles, rotate
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-SHAPES = {  # of the presets of all stages
-    "gpu": dict(zip(SHAPE, (512, 6, 8, 2048), strict=True)),
-    "paper": dict(zip(SHAPE, (768, 12, 12, 3072), strict=True)),
+ON_GPU = {"micro_batch_tokens": 65_536, "compile": True}  # ours; they do not change the result
+SHARED_PRESETS = {  # what the presets of all stages have in common
+    "gpu": {**dict(zip(SHAPE, (512, 6, 8, 2048), strict=True)), **ON_GPU},
+    "paper": {**dict(zip(SHAPE, (768, 12, 12, 3072), strict=True)), **ON_GPU},
 }
 
 
@@ -74,13 +80,14 @@ class ModelConfig:
             reason = f"does not make {heads} heads of even size, at least 4"
             raise InputError(f"--hidden-size={size} {reason}")
         shape = {name: getattr(options, name) for name in (*SHAPE, "rope_base")}
-        # matrix products are fastest with multiples of 64
-        return cls(-(-vocab_size // 64) * 64, trained_length=trained_length, **shape)
+        padded = math.ceil(vocab_size / 64) * 64  # matrix products are fastest with such sizes
+        return cls(padded, trained_length=trained_length, **shape)
 
 
 # ------------------------------------------------------------------------------------------------
-# Precision. Weights are float32; each layer casts them to the type of its input. That type is set
-# in one place, after the embeddings, and a reader can follow it from there: there is no autocast.
+# Precision. Weights are float32; each linear layer casts them to the type of its input. That type
+# is set in one place, after the embeddings, and a reader can follow it from there: there is no
+# autocast.
 
 
 class Linear(nn.Linear):
@@ -94,11 +101,11 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """With weight and bias, in the type of x."""
+    """With weight and bias, computed in float32. In bf16 a CPU adds up the gradients of weight and
+    bias with an error of 5% and more, and would not be faster."""
 
     def forward(self, x):
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 def initialize(module):
@@ -109,18 +116,17 @@ def initialize(module):
 
 
 # ------------------------------------------------------------------------------------------------
-# Attention within each text of a packed batch: softmax(Q K^T / sqrt(D)) V
+# Attention within each sequence of a packed batch: softmax(Q K^T / sqrt(D)) V
 
 
 @dataclass
 class Segments:
-    """Where the texts of a packed batch are."""
+    """Where the sequences of a packed batch are."""
 
     kernel: Callable | None  # reads cu_seqlens itself; None: PyTorch's own attention, by groups
     cu_seqlens: torch.Tensor  # (B + 1,) int32, on the device
-    longest: int  # for kernels: tokens of the longest text, or more
-    groups: list  # (length, number of texts) of each run of texts of equal length
-    order: torch.Tensor | None  # (N,) how to permute tokens so that equal lengths come together
+    longest: int  # for kernels: tokens of the longest sequence, or more
+    groups: list  # (length, count): so many sequences in a row have this length
 
 
 @functools.cache
@@ -139,47 +145,35 @@ def varlen_kernel(device_type, dtype):
 def find_segments(cu_seqlens, kernel, device):
     """Segments from cu_seqlens (B + 1,) int32, best on the CPU: fetching it from a GPU waits until
     the GPU is done with all that it has to do."""
-    host = cu_seqlens.cpu().numpy()
-    lengths = np.diff(host)  # (B,)
+    lengths = cu_seqlens.cpu().diff().tolist()  # (B,)
     cu_seqlens = move_to_device(cu_seqlens, device)
     if kernel is not None:
         # a power of two: few values, for each of which torch.compile may compile anew
-        longest = 1 << max(6, int(lengths.max() - 1).bit_length())
-        return Segments(kernel, cu_seqlens, longest, [], None)
-    order = None
-    if (np.diff(lengths) > 0).any():  # our own micro-batches are sorted already
-        by_length = np.argsort(-lengths, kind="stable")
-        parts = [np.arange(host[i], host[i + 1]) for i in by_length]
-        order = move_to_device(np.concatenate(parts), device)
-    values, counts = np.unique(lengths, return_counts=True)
-    groups = list(zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True))  # longest first
-    return Segments(None, cu_seqlens, 0, groups, order)
+        return Segments(kernel, cu_seqlens, 1 << max(6, (max(lengths) - 1).bit_length()), [])
+    groups = [(length, len([*run])) for length, run in itertools.groupby(lengths)]
+    return Segments(None, cu_seqlens, 0, groups)
 
 
-def packed_attention(q, k, v, segments):
-    """Attention within each text: (N, H, D) each -> (N, H, D)."""
-    if segments.kernel is None:
-        return grouped_attention(q, k, v, segments.groups)
-    starts, longest = segments.cu_seqlens, segments.longest  # the same for queries and keys
-    return segments.kernel(q, k, v, starts, starts, longest, longest)
-
-
-def grouped_attention(q, k, v, groups):
-    """PyTorch's own attention needs texts of one length, so texts of equal length share a call.
-    groups: (length, number of texts); (N, H, D) each -> (N, H, D)."""
-    outputs = []
-    sizes = [length * count for length, count in groups]
-    parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-    for (length, count), part in zip(groups, parts, strict=True):
+def packed_attention(q, k, v, segments, training=False):
+    """Attention within each sequence: (N, H, D) each -> (N, H, D)."""
+    if segments.kernel is not None:
+        starts, longest = segments.cu_seqlens, segments.longest  # the same for queries and keys
+        return segments.kernel(q, k, v, starts, starts, longest, longest)
+    # PyTorch's own attention needs sequences of one length. Those of equal length share a call if
+    # they stand together, as in all micro-batches of data/store.py, which are sorted by length
+    outputs, sizes = [], [length * count for length, count in segments.groups]
+    slices = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    for (length, count), qkv in zip(segments.groups, slices, strict=True):
         # (count * length, H, D) each -> (count, H, length, D)
-        rectangles = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in part)
-        outputs.append(attend(*rectangles).transpose(1, 2).flatten(0, 1))  # (count * length, H, D)
+        rectangles = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in qkv)
+        output = attend(*rectangles, training).transpose(1, 2)
+        outputs.append(output.flatten(0, 1))  # (count * length, H, D)
     return torch.cat(outputs)
 
 
-def attend(q, k, v):
-    """softmax(Q K^T / sqrt(D)) V: (texts, H, length, D) each -> (texts, H, length, D)."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+def attend(q, k, v, training=False):
+    """softmax(Q K^T / sqrt(D)) V: (B, H, length, D) each -> (B, H, length, D)."""
+    if training and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # written out, its backward pass is several times as fast there as that of PyTorch's kernel
         return ((q / q.shape[-1] ** 0.5) @ k.mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -195,12 +189,14 @@ class Attention(nn.Module):
         self.heads, self.head_size = config.num_attention_heads, config.head_size
         self.Wqkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = Linear(config.hidden_size, config.hidden_size)
+        self.packed_attention = packed_attention  # compile_blocks may replace it
 
     def forward(self, x, cos, sin, segments):
         qkv = self.Wqkv(x).view(-1, 3, self.heads, self.head_size)  # (N, 3, H, D)
         q, k = rotate(qkv[:, :2], cos, sin).unbind(1)  # (N, H, D) each; in one call
         v = qkv[:, 2]
-        return self.out_proj(packed_attention(q, k, v, segments).flatten(1))  # (N, C)
+        x = self.packed_attention(q, k, v, segments, self.training)  # (N, H, D)
+        return self.out_proj(x.flatten(1))  # (N, C)
 
 
 class GatedMLP(nn.Module):
@@ -274,45 +270,44 @@ class NomicBert(nn.Module):
     def forward(self, tokens, cu_seqlens):
         """The hidden states of the last layer.
 
-        tokens (N,) int64; cu_seqlens (B + 1,) int32, where each text begins and the last ends (on
-        the CPU, so that a GPU need not be waited for) -> (N, C) in self.dtype."""
+        tokens (N,) int64; cu_seqlens (B + 1,) int32, where each sequence begins and the last ends
+        (on the CPU, so that a GPU need not be waited for) -> (N, C) in self.dtype."""
         kernel = varlen_kernel(tokens.device.type, self.dtype)
         segments = find_segments(cu_seqlens, kernel, tokens.device)
-        N, order = len(tokens), segments.order
-        angles = rope_angles(segments.cu_seqlens, N, self.config.head_size, self.rope)  # (N, D/2)
-        if order is not None:
-            tokens, angles = tokens[order], angles[order]
         x = self.emb_ln(self.embeddings(tokens)).to(self.dtype)  # (N, C)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        angles = rope_angles(segments.cu_seqlens, len(x), self.config.head_size, self.rope)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (N, D/2)
         for layer in self.encoder.layers:
             x = layer(x, cos, sin, segments)
-        return x if order is None else torch.empty_like(x).index_copy(0, order, x)
+        return x
 
     def embed(self, tokens, cu_seqlens):
         """Embeddings of a packed batch: (B, C) float32, unit length."""
         return self.pool(self(tokens, cu_seqlens), cu_seqlens)
 
     def pool(self, hidden, cu_seqlens, dims=None):
-        """The mean of each text's hidden states at unit length (sec. 3.1): (N, C) -> (B, dims).
+        """The mean of each sequence's hidden states at unit length (sec. 3.1): (N, C) -> (B, dims).
 
         dims: the first dimensions only (Matryoshka). For nomic-embed-text-v1.5 its card says to
         apply a LayerNorm without weights before they are taken, which this does not do."""
         return F.normalize(mean_pool(hidden, cu_seqlens)[:, :dims], dim=-1)
 
     @torch.no_grad()
-    def encode(self, texts, max_tokens=checkpoint.MAX_TOKENS, dims=None, micro_batch_tokens=None):
+    def encode(self, texts, max_tokens=None, dims=None, micro_batch_tokens=None):
         """Embeddings of a list of strings, in its order: float32 numpy (n, dims), unit length.
 
         A task prefix such as "search_query: " is part of the text. Texts are truncated to
-        max_tokens; beyond the trained length RoPE scales as `self.rope` says. dims: the first
-        dimensions only, after Matryoshka; None is all. micro_batch_tokens: how many tokens go
-        through the model at once; None is what suits the device. Raises InputError for max_tokens
-        or dims out of range, for anything but a list of strings, and without a tokenizer."""
+        max_tokens; None is 8,192, with a warning where a text is longer. Beyond the trained length
+        RoPE scales as `self.rope` says. dims: the first dimensions only, after Matryoshka; None is
+        all. micro_batch_tokens: how many tokens go through the model at once; None is what suits
+        the device. Raises InputError for max_tokens or dims out of range, for anything but a list
+        of strings, and without a tokenizer."""
         size = self.config.hidden_size
+        limit = checkpoint.MAX_TOKENS if max_tokens is None else max_tokens
         if dims is not None and not 1 <= dims <= size:
             raise InputError(f"dims={dims}: embeddings of this model have {size} dimensions")
-        if max_tokens < 3:
-            raise InputError(f"max_tokens={max_tokens}: [CLS], a token and [SEP] make at least 3")
+        if limit < 3:
+            raise InputError(f"max_tokens={limit}: [CLS], a token and [SEP] make at least 3")
         if self.tokenizer is None:
             raise InputError("there was no tokenizer.json beside the model: set model.tokenizer")
         if isinstance(texts, str):
@@ -320,19 +315,23 @@ class NomicBert(nn.Module):
         try:
             texts = list(texts)
             texts = [
-                truncate(np.array(encoding.ids), max_tokens)
+                np.array(encoding.ids)
                 for start in range(0, len(texts), 10_000)  # encodings take more memory than ids
                 for encoding in self.tokenizer.encode_batch_fast(texts[start : start + 10_000])
             ]
         except TypeError as error:
             raise InputError(f"encode takes a list of strings of valid Unicode: {error}") from None
+        if max_tokens is None and (longer := sum(len(text) > limit for text in texts)):
+            warnings.warn(f"{longer} texts are truncated to {limit:,} tokens", stacklevel=3)
+        texts = [truncate(text, limit) for text in texts]
         embeddings = np.empty((len(texts), dims or size), np.float32)
         # a CPU is fastest while activations stay in its cache, as 2,048 tokens of 768 features do;
         # a GPU with enough work at once
         fast = 2048 * 768 // size if self.device.type == "cpu" else 65_536
         budget = micro_batch_tokens or fast
         groups = split_by_tokens([len(text) for text in texts], budget) if texts else []
-        cast = {n: p.to(self.dtype) for n, p in self.named_parameters() if n.startswith("encoder.")}
+        matrices = (p for p in self.encoder.named_parameters("encoder") if p[1].dim() == 2)
+        cast = {name: matrix.to(self.dtype) for name, matrix in matrices}
         for group in tqdm(groups, "encoding", disable=len(groups) < 100 or None, leave=False):
             tokens, cu_seqlens = pack([texts[i] for i in group], self.device)
             # self(tokens, cu_seqlens), with weights that are cast once and not in every call
@@ -351,9 +350,10 @@ class NomicBert(nn.Module):
         compilation serves them all; shapes are dynamic, so it serves all batches."""
         if self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise InputError("--compile needs a C++ compiler on a CPU: install g++")
-        # every batch has other groups, and would be compiled anew
-        globals()["grouped_attention"] = torch.compiler.disable(grouped_attention)
         for layer in self.encoder.layers:
+            if varlen_kernel(self.device.type, self.dtype) is None:
+                # every batch has other groups of lengths, and would be compiled anew
+                layer.attn.packed_attention = torch.compiler.disable(packed_attention)
             layer.compile(dynamic=True)
 
     @classmethod
@@ -373,16 +373,15 @@ class NomicBert(nn.Module):
 
 
 def mean_pool(hidden, cu_seqlens):
-    """The mean of each text's hidden states, [CLS], [SEP] and prefix included: (N, C) -> (B, C), in
-    float32, or in float64 if the hidden states are float64. Sums have the type of the result, and
-    float64 without gradients: a running sum of 8,192 float32 numbers loses digits."""
+    """The mean of each text's hidden states, [CLS], [SEP] and prefix included: (N, C) -> (B, C).
+
+    Adds up in float64, since a running sum of 8,192 float32 numbers may be wrong in the fourth
+    digit, and returns float32, or float64 if the hidden states are float64."""
     lengths = move_to_device(cu_seqlens, hidden.device).diff()  # (B,)
     text = torch.repeat_interleave(lengths, output_size=len(hidden))  # (N,): text of each token
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    # a running sum of 8,192 float32 numbers loses digits; training does not need them
-    sum_dtype = dtype if torch.is_grad_enabled() else torch.float64
-    sums = torch.zeros(len(lengths), hidden.shape[1], dtype=sum_dtype, device=hidden.device)
-    return (sums.index_add(0, text, hidden.to(sum_dtype)) / lengths[:, None]).to(dtype)
+    sums = torch.zeros(len(lengths), hidden.shape[1], dtype=torch.float64, device=hidden.device)
+    means = sums.index_add(0, text, hidden.double()) / lengths[:, None]  # (B, C)
+    return means.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -466,7 +465,7 @@ def open_model(cls, where, dtype, rope_factor, device):
     encoder.tokenizer = checkpoint.read_tokenizer(directory, config.vocab_size)
     encoder.dtype = dtype or fast_dtype(encoder.device)
     checkpoint.check_pooling(directory)
-    return model
+    return model.eval()
 
 
 def save_model(directory, model, encoder, architecture):

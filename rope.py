@@ -8,20 +8,23 @@ different speeds,
     frequency_i = base ^ (-2i / D),    i = 0 ... D/2 - 1
 
 from one radian per token down to about 1 / base: fast pairs tell neighbours apart, slow ones tell
-beginning from end. Nomic Embed trains with base 1,000 at up to 2,048 tokens (sec. 3.4). Beyond that
-length the slow pairs reach angles that the model never saw in training, and its quality collapses.
-Three changes help without training:
+beginning from end. Nomic Embed (arXiv 2402.01613, from here on "the paper") trains with base 1,000
+at up to 2,048 tokens (sec. 3.4). Beyond that length the slow pairs reach angles that the model
+never saw in training, and its quality collapses. Three changes help without training:
 
     linear    divide positions by a factor (position interpolation, arXiv 2306.15595). The slow
               pairs stay in the range that was trained, but the fast ones lose their resolution
     ntk       raise the base (NTK-aware scaling): the slowest pair is slowed by the factor, the
               fastest not at all
-    dynamic   ntk, with the factor that each text's own length asks for (Dynamic NTK, eq. 5). Texts
-              up to the trained length are left as they are
+    dynamic   ntk, with the factor that each text's own length asks for (Dynamic NTK, the paper's
+              eq. 5). Texts up to the trained length are left as they are
 
 In the published code the scaling follows the length of the padded batch, and the table of angles
 only grows. So an embedding depends on the other texts of its batch and on earlier batches. Here it
 depends on the text alone.
+
+The sequences of a batch stand one behind the other, N tokens in all, without padding. cu_seqlens
+(B + 1,) says where each of the B sequences begins, and where the last one ends (model.py).
 """
 
 from dataclasses import dataclass
@@ -60,14 +63,14 @@ def dynamic_ntk_base(base, length, trained_length, s, head_size):
 
 
 def rope_angles(cu_seqlens, N, head_size, rope):
-    """The angle of each pair of each token of a packed batch: (B + 1,) -> (N, D/2), in radians.
+    """The angle of each pair of each token: cu_seqlens (B + 1,) -> (N, D/2), in radians.
 
     Computed once in a forward pass; all layers and heads share it. In float32, with the operations
     in the order of the published code: at position 8,192 the rounding of a frequency changes the
     angle by up to a thousandth of a radian, which would change an embedding's fifth digit."""
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()  # (B,)
-    text = torch.repeat_interleave(lengths, output_size=N)  # (N,): the number of a token's text
-    position = torch.arange(N, device=text.device) - starts[text]  # (N,): from 0 in each text
+    sequence = torch.repeat_interleave(lengths, output_size=N)  # (N,): which one a token is in
+    position = torch.arange(N, device=lengths.device) - starts[sequence]  # (N,): from 0 in each
     base = torch.full_like(lengths, rope.base, dtype=torch.float32)  # (B,)
     if rope.scaling == "ntk":
         base = ntk_base(base, rope.factor, head_size)
@@ -77,7 +80,7 @@ def rope_angles(cu_seqlens, N, head_size, rope):
     frequency = frequencies(base, head_size)  # (B, D/2)
     if rope.scaling == "linear":
         frequency = frequency / rope.factor
-    return position[:, None] * frequency[text]
+    return position[:, None] * frequency[sequence]
 
 
 def rotate(x, cos, sin):

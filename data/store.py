@@ -138,12 +138,21 @@ def truncate(ids, max_tokens):
     return np.concatenate([ids[: max_tokens - 1], ids[-1:]])
 
 
+def check_data(folder):
+    """Raises InputError where `folder` is no data folder."""
+    if not Path(folder, "meta.json").is_file():
+        raise InputError(
+            f"{folder} is not a data folder: python data/pydocs.py --out={folder} makes one of the "
+            "built-in data, data/folder.py or data/pairs.py of your own"
+        )
+
+
 def open_sources(folder, tokenizer):
     """All sources in a folder, in the order of their names."""
-    found = [path.parent for path in sorted(Path(folder).glob("*/meta.json"))]
-    if not found:
+    folders = [path.parent for path in sorted(Path(folder).glob("*/meta.json"))]
+    if not folders:
         raise InputError(f"no sources in {folder}: data/pydocs.py, folder.py or pairs.py make some")
-    return [Source(path, tokenizer) for path in found]
+    return [Source(path, tokenizer) for path in folders]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -191,14 +200,22 @@ class PairBatches:
     one, with its rows repeated: the loss does not count copies of a document as negatives.
 
     weights, such as "faq=2,halves=0.5": how many times an epoch has the batches of a source. The
-    default is the weight in its meta.json, else 1, as in the paper. Raises InputError for a name
-    that no source has, and for a weight that is no number."""
+    default is the weight in its meta.json, else 1, as in the paper. pairs: use so many pairs only,
+    drawn by the seed, the same share of each source; 0: all. Raises InputError for a name that no
+    source has, and for a weight that is no number."""
 
-    def __init__(self, sources, batch_size, seed, weights=""):
+    def __init__(self, sources, batch_size, seed, weights="", pairs=0):
         self.sources, self.batch_size, self.seed = sources, batch_size, seed
         self.weights = read_weights(weights, {s.name: s.weight for s in sources})
         rows, weight = np.array([len(s) for s in sources]), np.array([*self.weights.values()])
-        least = np.minimum(1, rows)  # batches of a source, unless it is empty
+        self.drawn = None  # source -> its rows that are used; None: all
+        if 0 < pairs < rows.sum():
+            counts = np.round(rows * pairs / rows.sum()).astype(int)
+            self.drawn = [
+                permutation(n, seed)[:count] for n, count in zip(rows, counts, strict=True)
+            ]
+            rows = counts
+        self.rows, least = rows, np.minimum(1, rows)  # batches of a source, unless it is empty
         self.whole = np.maximum(rows // batch_size, least)
         # a source that is smaller than a batch counts by its rows
         batches = np.round(np.minimum(self.whole, rows / batch_size) * weight).astype(int)
@@ -209,7 +226,8 @@ class PairBatches:
 
     def about(self):
         """What a run prints: the sources whose rows are repeated to fill a batch, and weights."""
-        small = ", ".join(s.name for s in self.sources if len(s) < self.batch_size)
+        sizes = zip(self.weights, self.rows, strict=True)
+        small = ", ".join(name for name, rows in sizes if rows < self.batch_size)
         weighted = ", ".join(f"{name}={w:g}" for name, w in self.weights.items() if w != 1)
         lists = {"smaller than a batch, rows repeated:": small, "weights": weighted}
         return {title: names for title, names in lists.items() if names}
@@ -218,26 +236,25 @@ class PairBatches:
         """(source, rows) of batch number `step`."""
         epoch, place = divmod(step, len(self.source_of))
         batch = permutation(len(self.source_of), self.seed, epoch)[place]
-        number = self.source_of[batch]
-        source = self.sources[number]
-        batch -= np.searchsorted(self.source_of, number)  # its number among those of the source
-        again, batch = divmod(int(batch), int(self.whole[number]))
-        again = [again] * (again > 0)  # with a weight above 1: rows in another order
-        order = permutation(len(source), self.seed, epoch, int(number), *again)
+        number = int(self.source_of[batch])
+        batch = int(batch - np.searchsorted(self.source_of, number))  # among those of the source
+        # with a weight above 1 a source comes round again, with its rows in another order
+        again, batch = divmod(batch, int(self.whole[number]))
+        order = permutation(int(self.rows[number]), self.seed, epoch, number, again)
         # np.resize repeats the rows of a small source
-        rows = np.resize(order[batch * self.batch_size :], self.batch_size)
-        return source, rows.astype(np.int64)
+        rows = np.resize(order[batch * self.batch_size :], self.batch_size).astype(np.int64)
+        rows = rows if self.drawn is None else self.drawn[number][rows].astype(np.int64)
+        return self.sources[number], rows
 
 
 def read_weights(text, weights):
     """ "faq=2" -> name -> weight, of all sources. weights: name -> the one it has by itself."""
     weights = dict(weights)
-    for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
+    for entry in filter(None, text.split(",")):
+        name, _, value = entry.partition("=")
         if name not in weights or not re.fullmatch(r"\d{1,3}(\.\d+)?", value):
-            raise InputError(
-                f"--weights={part}: give NAME=NUMBER, below 1,000, of {', '.join(weights)}"
-            )
+            names = ", ".join(weights)
+            raise InputError(f"--weights={entry}: give NAME=NUMBER, below 1,000, of {names}")
         weights[name] = float(value)
     return weights
 

@@ -104,20 +104,21 @@ EXERCISES = (
         {
             "test_an_embedding_is_the_mean_of_the_hidden_states_at_unit_length": 1,
             "test_an_embedding_does_not_depend_on_its_batch": 1,
-            "test_the_mean_of_a_long_text_is_precise": 6,
+            "test_the_mean_of_a_long_text_is_precise": 3,
         },
         "Texts stand one behind the other. Say for each token which text it is of, add up the "
         "hidden states of each text, and divide by its length.",
         "cu_seqlens.diff() are the lengths (B,). torch.repeat_interleave(lengths) gives the text "
-        "of each token (N,). zeros(B, C).index_add(0, text, hidden) adds rows up. Under "
-        "torch.no_grad() add in float64: 8,192 float32 numbers lose digits.",
-        "return (sums",
+        "of each token (N,). torch.zeros(B, C).index_add(0, text, hidden) adds rows up; both have "
+        "to be float64. torch.promote_types(dtype, torch.float32) is the type of the result.",
+        "means = sums",
         (
             (" / lengths[:, None]", ""),
             (" / lengths[:, None]", " / len(hidden)"),
-            ("dtype if torch.is_grad_enabled() else torch.float64", "dtype"),
-            ("dtype if torch.is_grad_enabled() else torch.float64", "hidden.dtype"),
-            ("lengths[:, None]).to(dtype)", "lengths[:, None]).to(hidden.dtype)"),
+            ("torch.float64, device", "torch.float32, device"),
+            ("hidden.double()", "hidden.double() * (text > 0)[:, None]"),
+            ("torch.promote_types(hidden.dtype, torch.float32)", "hidden.dtype"),
+            ("torch.promote_types(hidden.dtype, torch.float32)", "torch.float32"),
         ),
         helpers="move_to_device in common/device.py",
     ),
@@ -207,20 +208,26 @@ EXERCISES = (
         "finetune.mine_hard_negatives",
         {
             "test_negatives_are_the_nearest_that_score_below_the_margin_and_never_the_right_one": 4,
+            "test_the_nearest_below_the_answer_are_mined_however_low_it_ranks": 1,
+            "test_a_score_equal_to_that_of_the_right_document_is_dropped": 1,
             "test_mining_equals_its_plain_twin": 1,
         },
-        "Of the documents that were found, drop those that are marked as answers and those that "
-        "likely_answers takes for some. What is left is hard, and negative.",
-        "found, known and the result are (b, k). Dropped ones become -1 and go to the end; the "
-        "others keep their order: argsort with kind='stable', then np.take_along_axis.",
-        "kept_first =",
+        "Of all documents drop those that are marked as answers and those that score too high to "
+        "be wrong. Of the others take the nearest.",
+        "query @ document.T is (b, m); scores.gather(1, right[:, None]) are those of the right "
+        "documents (b, 1). Give dropped documents the score -inf. scores.topk(k) has values and "
+        "indices, (b, k). F.pad(x, (0, n), value=-1) adds n columns.",
+        "best = scores",
         (
-            ("known | likely_answers", "likely_answers"),
-            ("document, right, found, margin)", "document, right, found, np.inf)"),
-            ("return np.take_along_axis(negatives, kept_first, axis=1)", "return negatives"),
-            ("np.take_along_axis(negatives, kept_first, axis=1)", "-np.sort(-negatives, axis=1)"),
+            ("own - (1 - margin) * own.abs()", "margin * own"),
+            ("row[[*numbers]] = False", "pass"),
+            ("wrong = scores < own", "wrong = scores <= own"),
+            ("best.indices.masked_fill(best.values == -torch.inf, -1)", "best.indices"),
+            (  # the nearest first, and then dropped, as the released miner does it
+                "masked_fill(~wrong, -torch.inf)",
+                "masked_fill(~wrong | (scores < scores.topk(count)[0][:, -1:]), -torch.inf)",
+            ),
         ),
-        helpers="likely_answers in finetune.py",
     ),
     Exercise(
         "contrastive.Gather.backward",

@@ -71,12 +71,14 @@ def matryoshka_loss(query, document, temperature, first, sizes, keys=None):
     )
 
 
-def mine_hard_negatives(query, document, right, found, known, margin=1.0):
-    likely = likely_answers(query, document, right, found, margin)
-    negatives = np.full_like(found, -1)
-    for row in range(len(found)):
-        kept = found[row][~known[row] & ~likely[row]]
-        negatives[row, : len(kept)] = kept
+def mine_hard_negatives(query, document, right, answers, count, margin=1.0):
+    negatives = torch.full((len(query), count), -1)
+    for i in range(len(query)):
+        scores = torch.einsum("e,me->m", query[i], document)
+        bound = scores[right[i]] - (1 - margin) * abs(scores[right[i]])
+        sorted_by_score = scores.argsort(descending=True).tolist()
+        kept = [j for j in sorted_by_score if scores[j] < bound and j not in answers[i]][:count]
+        negatives[i, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
     return negatives
 
 

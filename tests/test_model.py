@@ -106,7 +106,8 @@ def cu_seqlens_of(lengths):
 
 
 def check_attention(dtype, kernel=None, device=CPU, lengths=LENGTHS, H=2, D=64):
-    """Whether packed_attention gives the result and the gradient that are written out."""
+    """Whether packed_attention gives the result and the gradient that are written out, for training
+    and, which may be computed in another way, for evaluation."""
     torch.manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, H, D, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(sum(lengths), H, D, dtype=torch.float64)
@@ -114,15 +115,13 @@ def check_attention(dtype, kernel=None, device=CPU, lengths=LENGTHS, H=2, D=64):
     (gradient,) = torch.autograd.grad((expected * weights).sum(), qkv)
 
     segments = find_segments(cu_seqlens_of(lengths), kernel, device)
-    order = slice(None) if segments.order is None else segments.order.cpu()
-    x = qkv.detach()[order].to(device, dtype).requires_grad_()
-    out = packed_attention(*x.unbind(1), segments)
-    (out * weights[order].to(out)).sum().backward()
-    with torch.no_grad():  # in bf16 on a CPU this is another way to compute it
-        again = packed_attention(*x.unbind(1), segments)
-    for found, wanted, times in ((out, expected, 1), (again, expected, 1), (x.grad, gradient, 2)):
-        bounds = {"rtol": 0, "atol": times * TOLERANCE[dtype]}
-        torch.testing.assert_close(found.detach().cpu().double(), wanted[order], **bounds)
+    for training in (True, False):
+        x = qkv.detach().to(device, dtype).requires_grad_()
+        out = packed_attention(*x.unbind(1), segments, training)
+        (out * weights.to(out)).sum().backward()
+        for result, wanted, times in ((out, expected, 1), (x.grad, gradient, 2)):
+            bounds = {"rtol": 0, "atol": times * TOLERANCE[dtype]}
+            torch.testing.assert_close(result.detach().cpu().double(), wanted, **bounds)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -130,11 +129,9 @@ def test_attention_is_softmax_within_each_text(dtype):
     check_attention(dtype)
 
 
-def test_texts_of_equal_length_come_together_the_longest_first():
-    segments = find_segments(cu_seqlens_of([2, 3, 2]), None, CPU)
-    assert segments.order.tolist() == [2, 3, 4, 0, 1, 5, 6]
-    assert segments.groups == [(3, 1), (2, 2)]
-    assert find_segments(cu_seqlens_of([3, 2, 2]), None, CPU).order is None, "already in order"
+def test_sequences_of_equal_length_share_a_call_where_they_stand_together():
+    assert find_segments(cu_seqlens_of([3, 2, 2]), None, CPU).groups == [(3, 1), (2, 2)]
+    assert find_segments(cu_seqlens_of([2, 3, 2]), None, CPU).groups == [(2, 1), (3, 1), (2, 1)]
 
 
 def test_kernels_are_given_few_values_for_the_longest_text():
@@ -190,7 +187,7 @@ def test_a_compiled_block_is_one_graph_for_all_batches():
             x = torch.empty(N, 128, dtype=torch.bfloat16, requires_grad=True)
             cos = torch.empty(N, 32, dtype=torch.bfloat16)
             cu_seqlens = torch.empty(B + 1, dtype=torch.int32)
-            segments = Segments(varlen_attn, cu_seqlens, 256, [], None)
+            segments = Segments(varlen_attn, cu_seqlens, 256, [])
             with torch._dynamo.config.patch(error_on_recompile=N != 300):
                 out = compiled(x, cos, cos, segments)
                 out.sum().backward()
@@ -216,16 +213,13 @@ def test_an_embedding_is_the_mean_of_the_hidden_states_at_unit_length():
     assert torch.allclose(embeddings.norm(dim=-1), torch.ones(2))
 
 
-@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_the_mean_of_a_long_text_is_precise(dtype, grad):
-    """A running sum of bf16 numbers stops growing at 256; one of float32 is off by 2e-4, which is
-    too much without gradients, where an embedding is to be equal whatever its batch."""
+def test_the_mean_of_a_long_text_is_precise(dtype):
+    """A running sum in bf16 would stop growing at 256, and one in float32 would be off by 2e-4."""
     long = torch.full((8192, 4), 1.1, dtype=dtype)
-    with torch.set_grad_enabled(grad):
-        mean = mean_pool(long, cu_seqlens_of([8192]))
+    mean = mean_pool(long, cu_seqlens_of([8192]))
     assert mean.dtype == torch.promote_types(dtype, torch.float32)
-    assert mean[0].tolist() == pytest.approx(long[0].tolist(), rel=1e-3 if grad else 1e-6)
+    assert mean[0].tolist() == pytest.approx(long[0].tolist(), rel=1e-6)
 
 
 def test_half_precision_stays_close_to_full():
@@ -259,6 +253,14 @@ def test_encode_keeps_the_order_and_truncates(tokenizer):
     one, other = model.encode(["word " * 20 + "a", "word " * 20 + "b"], max_tokens=12)
     np.testing.assert_allclose(one, other, atol=1e-5)
     assert model.encode([]).shape == (0, 64)
+
+
+def test_encode_warns_of_texts_that_are_longer_than_it_reads(tokenizer, recwarn):
+    model = tiny_model(tokenizer, num_hidden_layers=0)
+    model.encode(["word " * 9000, "a word"], max_tokens=128)
+    assert not recwarn.list, "whoever gives a length knows it"
+    with pytest.warns(UserWarning, match="1 texts are truncated to 8,192 tokens"):
+        model.encode(["word " * 9000, "a word"])
 
 
 def test_encode_gives_the_first_dimensions_at_unit_length(tokenizer):
