@@ -222,7 +222,7 @@ def run(options):
     folder = Path(tempfile.mkdtemp(prefix="run-", dir=options.work)).resolve()
     copy_project(folder, theirs)
     commands = (  # 60 steps of stage 1 show that its loss falls; they are too few to start from
-        ["mlm.py", "--steps=60", "--eval-every=0"],
+        ["mlm.py", "--steps=60", "--warmup=6", "--eval-every=0"],
         ["contrastive.py", "--steps=40", "--num-hidden-layers=1", "--batch-size=256", "--lr=3e-3"],
         ["evaluate.py", "search", "how do I read a csv file", "--documents=3000"],
     )

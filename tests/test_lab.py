@@ -1,26 +1,25 @@
 """The lab: functions are cut out and put back byte for byte; only a right answer passes."""
 
 import csv
-import functools
 import importlib
-import io
 import json
 import operator
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 from tiny import cases, tiny_model
 
+from common import plots
 from common.options import InputError
 from lab import cutting, experiments, lab
 from lab.exercises import EXERCISES, stub
 from model import NomicBertForMaskedLM
 
 BY_NAME = {exercise.name: exercise for exercise in EXERCISES}
-PAGES = [*sorted((ROOT / "lab").glob("*.md"))]
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ def test_a_function_is_cut_out_and_put_back_byte_for_byte(exercise):
     begun = stub(exercise)
     assert "raise NotImplementedError" in begun and exercise.hidden not in begun
     assert sum(exercise.hidden in line for line in real.splitlines()) == 1
-    assert all(line.startswith("#") for line in begun.splitlines()[:-1] if "(logits," in line)
+    assert all(f"\n# {name}(" in begun for name in re.findall(r"(\S+) in ", exercise.helpers))
 
 
 class Passed:
@@ -162,62 +161,62 @@ def test_a_wrong_command_is_one_line_that_says_what_to_do(words, message, work):
         work(*words)
 
 
-@cases("content", ["", "[]", '{"rotate": 1}', '{"rotate": {"hints": [2]}}', '{"a":' * 9999])
-def test_a_damaged_record_is_one_line(content, work):
-    (work.path / "progress.json").write_text(content)
+@cases("record", ["", "[]", '{"a": 1}', '{"a": {"hints": [2]}}', '{"a":' * 9999, None])
+def test_a_damaged_record_or_a_missing_folder_is_one_line(record, work):
+    if record is None:
+        shutil.rmtree(work.path)
+    else:
+        (work.path / "progress.json").write_text(record)
     for words in (("status",), ("hint", "rotate"), ("run",)):
-        with pytest.raises(InputError, match="progress.json is damaged: delete it"):
-            work(*words)
-
-
-def test_without_a_folder_to_work_in_the_command_that_makes_it_is_named(work):
-    shutil.rmtree(work.path)
-    for words in (("status",), ("hint", "rotate"), ("run",), ("check",), ("experiment", "rope")):
-        with pytest.raises(InputError, match="work is missing: python lab/lab.py start makes it"):
+        with pytest.raises(InputError, match="json is damaged: delete it|missing: .*lab.py start"):
             work(*words)
 
 
 def test_a_class_is_graded_by_its_functions_alone(work, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        lab, "judge", lambda exercise, text: ("right" if "2 + i" in text else "no", "")
-    )
-    for student in ("ann", "bob", "eve"):
-        shutil.copytree(work.path, tmp_path / "class" / student)
-    records = {
-        "ann": {"ndcg": {"hints": 2}, "rope": {"predicted": 0.1}, "=1+1": {"predicted": 0.5}},
-        "bob": {"ndcg": {"checked": "", "result": "right"}},
+    monkeypatch.setattr(lab, "judge", lambda _, text: ("right" if "2 + i" in text else "no", ""))
+    hints, prediction = {"ndcg": {"hints": 2}}, {"predicted": 0.1}
+    contents = {  # of each student: progress.json, and what is written for ndcg
+        "ann": (hints | {"rope": prediction, "=1+1": prediction}, cutting.real(BY_NAME["ndcg"])),
+        "bob": ({"ndcg": {"result": "right"}}, "def ndcg(*_): return 1\n"),
+        "eve": ("damaged", stub(BY_NAME["ndcg"])),
     }
-    for student, record in records.items():
-        (tmp_path / "class" / student / "progress.json").write_text(json.dumps(record))
-    (tmp_path / "class" / "eve" / "progress.json").write_text("damaged")
-    (tmp_path / "class" / "ann" / "ndcg.py").write_text(cutting.real(BY_NAME["ndcg"]))
-    (tmp_path / "class" / "bob" / "ndcg.py").write_text("def ndcg(*_): return 1\n")
-    rows = list(csv.DictReader(io.StringIO(work("grade", f"{tmp_path}/class"))))
-    assert len(rows) == 3 * len(EXERCISES)
-    ndcg = [(r["state"], r["hints"]) for r in rows if r["exercise"] == "ndcg"]
-    assert ndcg == [("done", "2"), ("tried", "0"), ("open", "0")]
+    for student, (record, function) in contents.items():
+        folder = shutil.copytree(work.path, tmp_path / "class" / student)
+        (folder / "progress.json").write_text(json.dumps(record))
+        (folder / "ndcg.py").write_text(function)
+    rows = list(csv.DictReader(work("grade", f"{tmp_path}/class").splitlines()))
+    assert [row["student"] for row in rows[:: len(EXERCISES)]] == ["ann", "bob", "eve"]
+    graded = [(r["state"], r["hints"]) for r in rows if r["exercise"] == "ndcg"]
+    assert graded == [("done", "2"), ("tried", "0"), ("open", "0")]
     assert rows[0]["predictions"] == "rope=+0.100" and float(rows[0]["seconds"]) >= 0
 
 
 def test_a_prepared_out_is_copied_and_one_that_is_there_stays(work, tmp_path):
     (tmp_path / "made" / "out" / "pydocs").mkdir(parents=True)
-    (tmp_path / "made" / "out" / "pydocs" / "meta.json").write_text("{}")
     archive = shutil.make_archive(tmp_path / "made", "gztar", tmp_path / "made")
-    damaged = tmp_path / "damaged.tar.gz"
-    damaged.write_bytes(open(archive, "rb").read()[:100])
-    sources = (tmp_path / "made" / "out", archive, f"file://{archive}", damaged, tmp_path / "work")
-    for number, source in enumerate(sources):
-        out = tmp_path / str(number)
-        command = functools.partial(work, "start", f"--prepared={source}", f"--out={out}")
-        if number < 3:
-            command()
-            (out / "pydocs" / "meta.json").write_text("mine")
-            assert "stays as it is" in command()
-            assert (out / "pydocs" / "meta.json").read_text() == "mine"
-        else:
-            with pytest.raises(InputError, match=f"--prepared={source}: give the folder"):
-                command()
-            assert not out.exists()
+    for number, source in enumerate((f"{tmp_path}/made/out", archive, f"file://{archive}")):
+        given = ("start", f"--prepared={source}", f"--out={tmp_path}/{number}")
+        assert "stays as it is" not in work(*given) and "stays as it is" in work(*given)
+        assert [path.name for path in (tmp_path / str(number)).iterdir()] == ["pydocs"]
+    (tmp_path / "cut.tar.gz").write_bytes(Path(archive).read_bytes()[:60])
+    for source in (tmp_path / "cut.tar.gz", work.path):
+        with pytest.raises(InputError, match=f"--prepared={source}: give the folder"):
+            work("start", f"--prepared={source}", f"--out={tmp_path}/new")
+        assert not (tmp_path / "new").exists()
+
+
+def test_there_is_a_slide_for_each_part_and_what_slides_name_exists():
+    text = (ROOT / "lab" / "slides.md").read_text(encoding="utf-8")
+    slides, guide = text.split("\n---\n"), (ROOT / "lab" / "INSTRUCTOR.md").read_text()
+    assert len(slides) == len(re.findall(r"^\| \d+-\d+ \|", guide, re.M)) == 10
+    for name in list(BY_NAME)[:5]:
+        (slide,) = (s for s in slides if re.search(rf"^# .*`{name}`$", s, re.M))
+        assert "$$" in slide
+    code = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
+    assert all(f"def {name}(" in code for name in re.findall(r"`(\w+)`", text))
+    for path in map(Path, re.findall(r"[\w./]+\.(?:py|png)", text)):
+        made = path.stem in BY_NAME or hasattr(plots, f"draw_{path.stem}")
+        assert made or (ROOT / path).is_file() or (ROOT / "lab" / path).is_file(), path
 
 
 def test_starting_again_keeps_what_was_written(work):
