@@ -60,9 +60,7 @@ def written(exercise, work):
 
 
 def copy_project(folder, functions):
-    """Copies the project into a folder, with other texts in place of some functions.
-
-    functions: exercise -> text."""
+    """Copies the project into a folder, with other texts of some functions: exercise -> text."""
     for name in ("common", "data", "tests"):
         skipped = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, Path(folder, name), ignore=skipped)

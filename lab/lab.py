@@ -176,7 +176,8 @@ def status(options):
         hints = known.get(exercise.name, {}).get("hints", 0)
         rows[exercise.name] = {"state": state, "hints": hints, "result": result}
         if not options.json:
-            print(f"{exercise.name:22}{state:7}{hints} hints  {result.splitlines()[0]}")
+            first, _, _ = result.partition("\n")
+            print(f"{exercise.name:22}{state:7}{hints} hints  {first}")
     if options.json:
         experiments = {name: row for name, row in known.items() if "predicted" in row}
         print(json.dumps({"exercises": rows, "experiments": experiments}))
