@@ -16,10 +16,7 @@ Four things make it work:
   gradient
 - each batch comes from one source of pairs. Otherwise documents of other sources would be easy
   negatives: their style alone would tell them from the right one
-- each text begins with a prefix that names the task. "search_query: " and "search_document: " allow
-  a question and its answer to be close though they are written differently, while "clustering: "
-  and "classification: " ask for texts of the same kind. Without prefixes one embedding would have
-  to serve both: whether two questions are equal, and what answers them (sec. 3.2)
+- each text begins with a prefix that names the task (data/prefixes.py says why)
 
 Shapes: b queries of this process, M documents of all processes, E dimensions of an embedding (C, or
 fewer with Matryoshka).
@@ -40,7 +37,8 @@ from common.files import load_tokenizer
 from common.options import InputError, cli, inherit, read_options
 from common.run import Run, adamw, learning_rate, set_lr
 from data import store
-from evaluate import Retrieval, dev_scores
+from data.batches import PairBatches
+from metrics import Retrieval, dev_scores
 from model import SHAPE, SHARED_PRESETS, ModelConfig, NomicBert
 
 
@@ -265,16 +263,13 @@ def first_model(config, origin, device):
 def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
     rank, world, device = distributed.start(config.batch_size)
-    store.check_data(config.data)
     run = Run("contrastive", config, origin)
     if run.finished:
         return
 
     model = first_model(config, origin, device)
     sources = store.open_sources(f"{config.data}/stage2", model.tokenizer)
-    batches = store.PairBatches(
-        sources, config.batch_size, config.seed, config.weights, config.pairs
-    )
+    batches = PairBatches(sources, config.batch_size, config.seed, config.weights, config.pairs)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
     betas, eps = (0.9, 0.999), 1e-8
     optimizer = adamw(model, config.lr, config.weight_decay, betas, eps)

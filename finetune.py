@@ -30,7 +30,8 @@ from common.options import cli, read_options
 from common.run import Run, adamw, learning_rate, set_lr
 from contrastive import backward_batch, embed, first_model, gather, info_nce_in_blocks
 from data import store
-from evaluate import Retrieval, dev_scores
+from data.batches import PairBatches
+from metrics import Retrieval, dev_scores
 
 
 @dataclass
@@ -210,16 +211,13 @@ def matryoshka_loss(query, document, temperature, first, sizes, keys=None):
 def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
     rank, world, device = distributed.start(config.batch_size)
-    store.check_data(config.data)
     run = Run("finetune", config, origin)
     if run.finished:
         return
 
     model = first_model(config, origin, device)
     sources = store.open_sources(f"{config.data}/stage3", model.tokenizer)
-    batches = store.PairBatches(
-        sources, config.batch_size, config.seed, config.weights, config.pairs
-    )
+    batches = PairBatches(sources, config.batch_size, config.seed, config.weights, config.pairs)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
     mined = mine(model, sources, config) if config.negatives else {}
     betas, eps = (0.9, 0.999), 1e-8

@@ -211,7 +211,6 @@ def show_guesses(model, text):
 def main(arguments):
     config, origin = read_options(Config, arguments, PRESETS)
     rank, world, device = distributed.start(config.batch_size)
-    store.check_data(config.data)
     run = Run("mlm", config, origin)
     if run.finished:
         return

@@ -40,8 +40,8 @@ from tqdm import tqdm
 from common import checkpoint
 from common.device import fast_dtype, move_to_device
 from common.options import InputError
+from data.prefixes import PROMPTS
 from data.store import pack, split_by_tokens, truncate
-from data.tasks import PROMPTS
 from rope import Rope, rope_angles, rotate
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")

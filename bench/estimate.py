@@ -18,20 +18,22 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.shared import print_head, print_row, split_options
-from bench.stages import STAGES
+from bench.shared import STAGES
 from common.device import PEAK_FLOPS, training_flops
 from common.files import load_tokenizer
 from common.options import InputError, cli, read_options, split_words
 from data.store import open_sources
 from model import ModelConfig, NomicBert, NomicBertForMaskedLM
 
-SHARE = 0.4  # of the data sheet's peak; an H100 reached .45 in stage 1, .38 in 2 (docs/speed.md)
+SPEEDS = {  # operations/s; an H100 reached 45% of its peak in stage 1, 38% in 2 (docs/speed.md)
+    f"{name} at 40% of its peak": 0.4 * PEAK_FLOPS[name] for name in ("H100", "A100", "RTX 4090")
+}
+SPEEDS["two CPU cores at 0.3 TFLOP/s"] = 0.3e12  # as in `encode` (docs/speed.md), 12 layers of 768
 
 
 @dataclass
 class Options:
-    gpus: int = 8  # that share each batch
+    gpus: int = 8  # or CPUs, that share each batch
 
 
 def saved_bytes_per_token(shape):
@@ -42,34 +44,35 @@ def saved_bytes_per_token(shape):
     return 2 * (numbers + shape.num_attention_heads + 4)  # sums of softmax, two norms
 
 
-def sampled_lengths(stage, config):
+def sampled_lengths(stage, config, tokenizer):
     """column -> lengths of its texts in tokens (n,), truncated as the run truncates them."""
     if stage == "mlm":
         return {"sequence": np.array([config.seq_len])}
     rng, lengths, sources = np.random.default_rng(0), {}, []
-    if Path(config.data, "meta.json").is_file():
-        folder = f"{config.data}/stage{3 if stage == 'finetune' else 2}"
-        sources = open_sources(folder, load_tokenizer(config.data))
+    if tokenizer:
+        number = {"contrastive": 2, "finetune": 3}[stage]
+        sources = open_sources(f"{config.data}/stage{number}", tokenizer)
     for name, median, sigma in (("query", 15, 0.75), ("document", 70, 1.0)):
-        found = [
+        assumed = np.exp(rng.normal(math.log(median), sigma, 10_000))  # log-normal
+        of_data = [
             np.diff(source.columns[name].offsets[:10_001]) + len(source.prefixes[name])
             for source in sources
         ]
-        found = found or [np.exp(rng.normal(math.log(median), sigma, 10_000))]  # log-normal
-        lengths[name] = np.clip(np.concatenate(found), 4, getattr(config, f"{name}_tokens"))
+        sample = np.concatenate(of_data or [assumed])
+        lengths[name] = sample.clip(4, getattr(config, f"{name}_tokens"))
     return lengths
 
 
 def step_of(stage, config):
     """Of one step: the model's shape, column -> number of texts, tokens, useful operations."""
-    vocab_size = ModelConfig.vocab_size
-    if Path(config.data, "meta.json").is_file():
-        vocab_size = load_tokenizer(config.data).get_vocab_size()
+    has_data = Path(config.data, "meta.json").is_file()
+    tokenizer = load_tokenizer(config.data) if has_data else None
+    vocab_size = tokenizer.get_vocab_size() if tokenizer else ModelConfig.vocab_size
     length = config.seq_len if stage == "mlm" else config.trained_length
     shape = ModelConfig.from_options(config, vocab_size, length)
     masked, negatives = getattr(config, "mask_probability", 0.0), getattr(config, "negatives", 0)
     texts, tokens, flops = {}, 0, 0
-    for name, lengths in sampled_lengths(stage, config).items():
+    for name, lengths in sampled_lengths(stage, config, tokenizer).items():
         texts[name] = config.batch_size * (1 + negatives * (name == "document"))
         tokens += texts[name] * lengths.mean()
         flops += texts[name] / len(lengths) * training_flops(shape, lengths, masked)
@@ -97,6 +100,7 @@ def estimate(stage, config, gpus):
         "weights, gradients, their message, AdamW's moments": 16 * weights + message,
         "activations that blocks keep, weights in bf16": kept + 2 * weights,
     }
+    messages = {"gradients": message}
     if stage == "mlm":
         memory["logits of a chunk, and their gradients"] = (1 << 25) * 12
     else:
@@ -104,31 +108,28 @@ def estimate(stage, config, gpus):
         logits = min(1 << 23, texts["query"] / gpus * texts["document"])
         sizes = 8 * embeddings * shape.hidden_size + 12 * logits
         memory["embeddings, logits of a block, and their gradients"] = sizes
+        messages["embeddings"] = 4 * texts["document"] * shape.hidden_size * (gpus > 1)
     memory["all"] = sum(memory.values())
-    for name, size in memory.items():
-        yield f"memory: {name}, MiB", size / 2**20
-    yield "messages: gradients, MiB", message / 2**20
-    if stage != "mlm":
-        gathered = 4 * texts["document"] * shape.hidden_size * (gpus > 1)
-        yield "messages: embeddings, MiB", gathered / 2**20
-    for name in ("H100", "A100", "RTX 4090"):
-        speed = gpus * SHARE * PEAK_FLOPS[name]
-        hours = steps * flops * (4 / 3 if cached else 1) / speed / 3600
-        yield f"hours, {name} at {SHARE:.0%} of its peak", hours
+    for title, sizes in (("memory", memory), ("messages", messages)):
+        for name, size in sizes.items():
+            yield f"{title}: {name}, MiB", size / 2**20
+    for name, speed in SPEEDS.items():
+        hours = steps * flops * (4 / 3 if cached else 1) / (gpus * speed) / 3600
+        yield (f"hours, {name}", hours) if hours >= 1 else (f"minutes, {name}", hours * 60)
 
 
 def main(arguments):
     words, arguments = split_words(arguments)
-    own, others = split_options(Options, arguments)
+    own = [a for a in arguments if a.startswith("--gpus") or not words]
     options, _ = read_options(Options, own)
     if len(words) != 1 or words[0] not in STAGES:
         raise InputError(f"give one of {', '.join(STAGES)}")
-    stage = STAGES[words[0]]
+    stage, others = STAGES[words[0]], [a for a in arguments if a not in own]
     config, _ = read_options(stage.Config, others, stage.PRESETS)
-    print_head(f"{words[0]}, preset {config.preset}", f"{options.gpus} GPUs")
+    print(f"| {words[0]}, preset {config.preset} | on {options.gpus} |\n|---|---:|")
     for title, number in estimate(words[0], config, options.gpus):
-        digits = 1 if title.startswith("hours") else 0
-        print_row(title, f"{number:,.{digits}f}" if number < 1e9 else f"{number:.2e}")
+        digits = 1 if title.startswith(("hours", "minutes")) else 0
+        print("|", title, "|", f"{number:,.{digits}f}" if number < 1e9 else f"{number:.2e}", "|")
     if not Path(config.data, "meta.json").is_file():
         print(f"\nThere is no data in {config.data}: vocabulary and lengths of pairs are assumed.")
 

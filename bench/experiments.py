@@ -1,55 +1,57 @@
-"""What each stage adds: a table of runs with one part left out or changed, over several seeds.
+"""What each stage adds: tables of runs with one part left out or changed, over several seeds.
 
-    python bench/experiments.py --seeds=0,1,2
-    python bench/experiments.py --seeds=0 --rows="stage 3"    # and the rows that they start from
+    python bench/experiments.py --seeds=0,1,2        # the ladder
+    python bench/experiments.py --rows="stage 3"     # some rows, and those that they start from
+    python bench/experiments.py curve                # is stage 1 worth it? a table, OUT/curve.png
 
-Each run leaves its scores in OUT/scores: the same command continues an interrupted one, and several
-may run at once, one for each seed. Scores are nDCG@10 with standard errors over queries, of the
-mean over seeds; differences are query by query.
+Scores are nDCG@10, the mean over seeds with its standard error over queries. Differences are taken
+query by query; "seeds ±" is their standard deviation over seeds. One counts if it is large beside
+both: equal runs end apart where sums are taken in another order. Scores are kept in OUT/scores, so
+the same command continues an interrupted one, and several may run at once, one for each seed.
 """
 
+import json
 import re
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import shared
-from bench.stages import STAGES
+from bench.shared import STAGES, print_table, whole_numbers
 from common.device import best_device
-from common.files import read_json_lines
-from common.options import InputError, cli, read_options
-from data import pydocs
-from evaluate import Retrieval, fuse, shown, summary
+from common.files import fingerprint, read_json, read_json_lines, write_json
+from common.options import InputError, cli, read_options, split_words
+from common.plots import plt, save_figure
+from evaluate import fuse
+from metrics import Retrieval, shown, summary
 from model import NomicBert
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a run, or another way to rank."""
+    """One line of a table: a run, or another way to rank."""
 
     name: str
     stage: str = ""  # mlm, contrastive or finetune; empty: nothing is trained
-    start: str = ""  # the row whose model it starts from, or ranks with; empty: none
+    start: str = ""  # the row whose checkpoint it starts from, or ranks with; empty: none
     options: str = ""  # of the stage, beside its defaults
     against: str = ""  # the row that it is compared with
-    bm25: bool = False  # ranks by BM25, alone or together with the model
+    bm25: str = ""  # plain or split (identifiers): ranks by BM25, alone or fused with the model
 
 
 ONE, TWO, THREE = (f"after stage {i}" for i in (1, 2, 3))
 NO_ONE, EASY = "stage 2 without stage 1", "stage 3 without hard negatives"
-LOW = "--lr=3e-4"
-ROWS = [
-    Row("BM25", bm25=True, against=THREE),
+LADDER = [
+    Row("BM25", bm25="plain", against=THREE),
+    Row("BM25, identifiers split", bm25="split", against=THREE),
     Row("random weights", "contrastive", options="--steps=1 --lr=0"),
     Row("word vectors alone", "contrastive", options="--num-hidden-layers=0 --lr=3e-3"),
     Row(ONE, "mlm"),
     Row(TWO, "contrastive", ONE, against=ONE),
     Row(THREE, "finetune", TWO, against=TWO),
-    Row(f"{THREE}, with BM25", start=THREE, bm25=True, against="BM25"),
+    Row(f"{THREE}, with BM25", start=THREE, bm25="split", against="BM25, identifiers split"),
     Row(NO_ONE, "contrastive", options="--lr=3e-3", against=TWO),
     Row("stage 3 without stage 1", "finetune", NO_ONE, against=THREE),
     Row("stage 3 without stage 2", "finetune", ONE, against=THREE),
@@ -57,97 +59,154 @@ ROWS = [
     Row("stage 3 with four negatives", "finetune", TWO, "--negatives=4", against=EASY),
     Row("stage 3, negatives of the first 100", "finetune", TWO, "--mined=100", against=EASY),
     Row("stage 3, margin 0.95", "finetune", TWO, "--margin=0.95", against=EASY),
-    Row("stage 3 at a rate of 3e-4", "finetune", TWO, LOW, against=EASY),
-    Row(f"{EASY}, at a rate of 3e-4", "finetune", TWO, f"{LOW} --negatives=0", against=EASY),
+    Row("stage 3 at a rate of 3e-4", "finetune", TWO, "--lr=3e-4", against=EASY),
+    Row(f"{EASY}, at a rate of 3e-4", "finetune", TWO, "--lr=3e-4 --negatives=0", against=EASY),
 ]
+
+SIZES = {  # pairs of stage 2 -> how they are trained on: 12 epochs, but 40 to 200 steps
+    500: "--batch-size=256 --steps=40 --warmup=4",
+    1500: "--batch-size=256 --steps=70 --warmup=7",
+    15_000: "--batch-size=256 --steps=200 --warmup=20",
+    131_000: "--batch-size=512 --steps=200 --warmup=20",
+}
+RATES = {  # steps of stage 1 -> learning rate of stage 2 for each of SIZES: the best ones on dev
+    0: ("3e-4", "1e-3", "1e-3", "3e-3"),
+    1600: ("3e-4", "1e-3", "1e-3", "2e-3"),
+    4800: ("1e-3", "3e-4", "3e-4", "1e-3"),
+    16_000: ("1e-3", "1e-3", "3e-4", "3e-4"),  # the first one was not tried
+}
+
+
+def point(pairs, steps):
+    """The name of a row of the curve."""
+    return f"{pairs} pairs after {steps} steps" if steps else f"{pairs} pairs from random weights"
+
+
+def curve_rows(layers="--num-hidden-layers=2"):
+    """Stage 2 on more and more pairs, from random weights and after longer and longer stages 1."""
+    for steps, rates in RATES.items():
+        start = f"{steps} steps of stage 1" if steps else ""
+        if steps:
+            yield Row(start, "mlm", options=f"{layers} --steps={steps} --warmup={steps // 16}")
+        for (pairs, how), rate in zip(SIZES.items(), rates, strict=True):
+            options = f"{layers} --pairs={pairs} {how} --lr={rate}"
+            against = point(pairs, 0) if steps else ""
+            yield Row(point(pairs, steps), "contrastive", start, options, against)
+
+
+TABLES = {"ladder": LADDER, "curve": [*curve_rows()]}
+ROWS = {row.name: row for rows in TABLES.values() for row in rows}
 
 
 @dataclass
 class Options:
     data: str = "out/pydocs"  # a data folder
-    split: str = "test"  # test, or dev while tuning
+    split: str = "test"  # dev is for tuning [dev, test]
     out: str = "out/experiments"  # for runs and scores; another one for other options
     seeds: str = "0"  # a run of each row for each of these, with commas
     options: str = ""  # more options for every stage, such as "--micro-batch-tokens=65536"
-    rows: str = ""  # only rows whose names begin so, and those that they need; with commas
+    rows: str = ""  # only rows whose names begin so, and those that they start from; with commas
 
 
-def slug(name):
-    """The name of a row as the name of a file."""
-    return re.sub(r"\W+", "-", name)
+def with_starts(row):
+    """The rows that a row starts from, the first one first, and the row."""
+    return [*with_starts(ROWS[row.start]), row] if row.start else [row]
 
 
 def run_row(row, seed, options):
-    """Trains if the row says so. Returns {"minutes": of training, "scores": task -> nDCG@10 of each
-    query}."""
-    out, start = (Path(options.out, seed, slug(name)) for name in (row.name, row.start))
-    minutes = None
+    """Trains if the row says so, and ranks. Returns {"minutes": of training, "scores": task ->
+    nDCG@10 of each query}, which is kept in a file for these settings."""
+    name, start = (re.sub(r"\W+", "-", name) for name in (row.name, row.start))
+    settings = [fingerprint(Path(options.data, "meta.json")), options.split, options.options]
+    settings = json.dumps([*settings, row.stage, row.start, row.options, row.bm25])
+    path = Path(options.out, "scores", f"{name}-{seed}-{fingerprint(settings.encode())}.json")
+    if path.is_file():
+        return read_json(path)
+    directory, model, minutes, scores = Path(options.out, str(seed)), None, 0, {}
     if row.stage:
-        given = [f"--data={options.data}", f"--out={out}", f"--seed={seed}", "--eval-every=0"]
-        given += [f"--init={start}"] if row.start else []
+        given = [f"--data={options.data}", f"--out={directory / name}", f"--seed={seed}"]
+        given += ["--eval-every=0", *([f"--init={directory / start}"] if start else [])]
         STAGES[row.stage].main([*given, *row.options.split(), *options.options.split()])
-        log = [record for _, record in read_json_lines(out / "log.jsonl")]
+        log = [record for _, record in read_json_lines(directory / name / "log.jsonl")]
         minutes = sum(record["tokens"] / record["tokens_per_second"] for record in log) / 60
-    tasks, rankings = Retrieval.open_all(options.data, options.split), []
-    if row.bm25:
-        rankings.append([task.rank_bm25() for task in tasks])
-    if row.stage or row.start:
-        model = NomicBert.from_pretrained(out if row.stage else start, device=best_device())
-        rankings.append([task.rank(model, model.config.trained_length) for task in tasks])
-    scores = {
-        task.name: task.scores(fuse(found))["nDCG@10"]
-        for task, found in zip(tasks, zip(*rankings, strict=True), strict=True)
-    }
+    if row.stage or start:
+        checkpoint = directory / (name if row.stage else start)
+        model = NomicBert.from_pretrained(checkpoint, device=best_device())
+    for task in Retrieval.open_all(options.data, options.split):
+        rankings = [task.rank_bm25(split_identifiers=row.bm25 == "split")] if row.bm25 else []
+        rankings += [task.rank(model, model.config.trained_length)] if model else []
+        scores[task.name] = task.scores(fuse(rankings))["nDCG@10"]
+    write_json(path, {"minutes": minutes, "scores": scores})
     return {"minutes": minutes, "scores": scores}
 
 
 def mean_score(runs, task):
-    """The mean over seeds. runs: seed -> what run_row returned."""
-    return shown(summary(np.mean([run["scores"][task] for run in runs.values()], axis=0)))
+    """summary() of the mean over seeds. runs: seed -> what run_row returned."""
+    return summary(np.mean([run["scores"][task] for run in runs.values()], axis=0))
 
 
 def difference(runs, others, task):
-    """Query by query, in the mean over the seeds that both rows have."""
+    """Query by query, over the seeds that both rows have."""
     both = [(runs[s]["scores"][task], others[s]["scores"][task]) for s in runs if s in others]
     if not both:
         return ""
-    found = summary(np.mean([np.subtract(*pair) for pair in both], axis=0))
-    return ("+" if found["mean"] > 0 else "") + shown(found)
+    differences = np.array([np.subtract(*pair) for pair in both])  # (seeds, queries)
+    score = summary(differences.mean(0))
+    seeds = f" (seeds ±{differences.mean(1).std(ddof=1):.3f})" if len(both) > 1 else ""
+    return ("+" if score["mean"] > 0 else "") + shown(score) + seeds
 
 
-def print_table(results, options):
-    shared.print_machine(f"seeds {options.seeds}")
-    tasks = list(next(iter(next(iter(results.values())).values()))["scores"])
-    titles = [title for task in tasks for title in (task, "difference")]
-    shared.print_head("", *titles, "from", "minutes")
-    for row in (row for row in ROWS if row.name in results):
-        runs, others = results[row.name], results.get(row.against, {})
-        cells = []
+def table_of(results, tasks):
+    """Yields the head and the rows. results: name of a row -> seed -> what run_row returned."""
+    yield "", *(title for task in tasks for title in (task, "difference")), "from", "minutes"
+    for name, runs in results.items():
+        row, cells = ROWS[name], []
         for task in tasks:
-            cells += [mean_score(runs, task), difference(runs, others, task)]
-        minutes = [run["minutes"] for run in runs.values()] if row.stage else []
-        shared.print_row(
-            row.name, *cells, row.against, f"{np.mean(minutes):.1f}" if minutes else ""
-        )
+            against = difference(runs, results.get(row.against, {}), task)
+            cells += [shown(mean_score(runs, task)), against]
+        minutes = np.mean([run["minutes"] for run in runs.values()])
+        yield name, *cells, row.against, f"{minutes:.1f}" if row.stage else ""
+
+
+def draw_curve(results, tasks):
+    """Scores against the number of pairs, a line for each length of stage 1."""
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.4), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for steps in RATES:
+            sizes = [pairs for pairs in SIZES if point(pairs, steps) in results]
+            scores = [mean_score(results[point(pairs, steps)], task) for pairs in sizes]
+            mean, error = ([score[key] for score in scores] for key in ("mean", "error"))
+            label = f"after {steps:,} steps of stage 1" if steps else "random weights"
+            axis.errorbar(sizes, mean, error, label=label, marker="o", ms=3, capsize=2)
+        axis.set(title=task, ylabel="nDCG@10, held-out modules", ylim=(0, None))
+        axis.set(xscale="log", xlabel="pairs of stage 2")
+        axis.set_xticks([*SIZES], [f"{pairs:,}" for pairs in SIZES], fontsize=7)
+        axis.minorticks_off()
+    axes[0][0].legend(fontsize=8)
+    return figure
 
 
 def main(arguments):
+    words, arguments = split_words(arguments)
     options, _ = read_options(Options, arguments)
-    chosen = {row.name for row in ROWS if row.name.startswith(tuple(options.rows.split(",")))}
+    table = " ".join(words) or "ladder"
+    if table not in TABLES:
+        raise InputError(f"{table}: the tables are {', '.join(TABLES)}")
+    chosen = [row for row in TABLES[table] if row.name.startswith(tuple(options.rows.split(",")))]
     if not chosen:
-        raise InputError(f"--rows={options.rows}: the rows are {', '.join(x.name for x in ROWS)}")
-    for row in reversed(ROWS):  # and those that they start from, which stand above them
-        chosen |= {row.start} if row.name in chosen else set()
-    pydocs.make_if_missing(options.data)
-    shared.keep_settings(options.out, options.data, options.split, options.options)
-    results = {}  # row -> seed -> what run_row returned
-    for seed in map(str, shared.whole_numbers(options.seeds)):
-        for row in (row for row in ROWS if row.name in chosen):
-            print(f"\n{row.name}, seed {seed}", flush=True)
-            path = Path(options.out, "scores", f"{slug(row.name)}-{seed}.json")
-            run = shared.keep(path, partial(run_row, row, seed, options))
-            results.setdefault(row.name, {})[seed] = run
-    print_table(results, options)
+        names = ", ".join(row.name for row in TABLES[table])
+        raise InputError(f"--rows={options.rows}: the rows are {names}")
+    for task in Retrieval.open_all(options.data, options.split):
+        print(task.about)
+    results = {row.name: {} for end in chosen for row in with_starts(end)}
+    for seed in whole_numbers(options.seeds):
+        for name, runs in results.items():
+            print(f"\n{name}, seed {seed}", flush=True)
+            runs[seed] = run_row(ROWS[name], seed, options)
+    tasks = list(runs[seed]["scores"])
+    print_table(options.split, f"seeds {options.seeds}", rows=table_of(results, tasks))
+    if table == "curve":
+        save_figure(draw_curve(results, tasks), Path(options.out, "curve.png"))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 import numpy as np
 import torch
 
-from common.options import InputError
-
 # dense bf16 operations per second, from NVIDIA's data sheets; the first name that fits counts
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 PEAK_FLOPS |= {"A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
@@ -26,11 +24,10 @@ def peak_flops(device):
 
 
 def training_flops(config, lengths, masked_share=0.0):
-    """Floating-point operations to train on texts of these lengths (B,), in tokens.
-
-    Per token: 6 for each weight of a matrix that it passes (2 forward, 4 backward), and 12 C L per
-    layer for attention in a text of L tokens. In stage 1 the head is added, for the masked share of
-    tokens. GradCache's second forward pass is not counted: useful work is what the result needs."""
+    """Floating-point operations to train on texts of these lengths (B,), in tokens. Per token: 6
+    for each weight of a matrix that it passes (2 forward, 4 backward), and 12 C L per layer for
+    attention in a text of L tokens. In stage 1 the head is added, for the masked share of tokens.
+    GradCache's second forward pass is not counted: useful work is what the result needs."""
     C, lengths = config.hidden_size, np.asarray(lengths, float)
     weights = config.num_hidden_layers * (4 * C * C + 3 * C * config.intermediate_size)
     weights += masked_share * (C * C + C * config.vocab_size)
@@ -39,8 +36,7 @@ def training_flops(config, lengths, masked_share=0.0):
 
 
 def fast_dtype(device):
-    """bfloat16 where the processor multiplies it faster (GPUs since Ampere, CPUs with AVX512_BF16
-    or AMX), else float32."""
+    """bfloat16 on GPUs since Ampere and CPUs with AVX512_BF16 or AMX, else float32."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -49,8 +45,8 @@ def fast_dtype(device):
 
 
 def move_to_device(array, device):
-    """A tensor or numpy array on a device. It goes to a GPU through pinned memory, so that the
-    program does not wait: the copy is queued behind the work that the GPU already has."""
+    """A tensor or numpy array on a device. From pinned memory the copy to a GPU is queued behind
+    the work that it already has, and the program need not wait."""
     array, device = torch.as_tensor(array), torch.device(device)
     if device.type == "cuda" and array.device.type == "cpu":
         return array.pin_memory().to(device, non_blocking=True)
@@ -58,9 +54,7 @@ def move_to_device(array, device):
 
 
 def choose_dtype(precision, device):
-    """The type of activations that an option names: auto, bf16 or float32."""
-    named = {"auto": fast_dtype(device), "bf16": torch.bfloat16}
-    named["float32"] = torch.get_default_dtype()  # tests set it to float64
-    if precision not in named:
-        raise InputError(f"--precision={precision}: give auto, bf16 or float32")
-    return named[precision]
+    """The type of activations for --precision: auto, bf16 or float32."""
+    if precision == "auto":
+        return fast_dtype(device)
+    return torch.bfloat16 if precision == "bf16" else torch.get_default_dtype()  # float64 in tests

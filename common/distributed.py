@@ -6,50 +6,52 @@
 
 Every process has all weights and computes the gradient of its share of one global loss. Gradients
 are added up once in a step (`sum_gradients`), and then all processes take the same optimizer step.
-
-This is DistributedDataParallel without its wrapper. The wrapper sends gradients while others are
-still being computed, which saves little here: a step of the paper's presets takes seconds, the sum
-of 0.5 GB over NVLink takes milliseconds. In return the model stays a plain module, GradCache and
-the MLM head may run backward in pieces and still send once, and the sum needs no factor (DDP takes
-the mean over processes).
+DistributedDataParallel would send gradients while others are still being computed. That saves
+little here: a step of the paper's presets takes seconds, the sum of 0.5 GB over NVLink
+milliseconds. Without it the model is a plain module that may run backward in pieces and send once.
 """
 
 import os
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from common.device import best_device
 from common.options import InputError
 
 
 def start(batch_size):
-    """Joins the processes that torchrun started. Returns (rank, world size, device).
-
-    Raises InputError where the global batch does not divide among the processes."""
-    if "LOCAL_RANK" not in os.environ:  # torchrun sets it
+    """Joins the processes that torchrun started. Returns (rank, world size, device). Raises
+    InputError where they cannot meet, or where the global batch does not divide among them."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    values = [os.environ.get(name, "") for name in names]
+    if not any(values):
         return 0, 1, best_device()
-    names = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    world, local, local_world = (int(os.environ[name]) for name in names)
+    rank, world, local, local_world = (int(v) if v.isdecimal() else -1 for v in values)
+    if not (0 <= rank < world and 0 <= local < local_world <= world):
+        shown = ", ".join(map("=".join, zip(names, values, strict=True)))
+        raise InputError(f"the environment has {shown}: start with torchrun, or unset all four")
     if batch_size % world:
         raise InputError(f"--batch-size={batch_size} does not divide by {world} processes")
     cuda = torch.cuda.is_available()
     if cuda and local_world > torch.cuda.device_count():
         raise InputError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        store, rank, world = next(dist.rendezvous("env://"))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # after a restart it still has the addresses of the processes that died
-            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-            store = dist.PrefixStore(f"attempt-{attempt}", store)
-        backend, device_id = ("nccl", device) if cuda else ("gloo", None)
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, device_id=device_id
-        )
-    return dist.get_rank(), world, device
+        try:
+            store, _, _ = next(dist.rendezvous("env://"))
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"no meeting at MASTER_ADDR and MASTER_PORT: {error}") from None
+        # after a restart torchrun's store still has the addresses of the processes that died
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        members = {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": world}
+        if cuda:
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", **members, device_id=device)
+        else:
+            dist.init_process_group("gloo", **members)
+    return rank, world, device
 
 
 def rank_and_world():
@@ -69,10 +71,9 @@ def print_once(*values):
 
 def gather_objects(value):
     """The value of every process, in the order of their ranks."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * rank_and_world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -103,20 +104,15 @@ def sum_over_processes(value):
 
 
 def sum_gradients(model):
-    """Adds up the gradients of all processes, in place.
-
-    Each process has backpropagated its share of one global loss, so the sum is what one process
-    with the whole batch would have computed. (The released code multiplies the loss by the number
-    of processes, since DDP takes the mean. Its first version is exact; in its later one gradients
-    are that many times too large, which Adam hides and clipping does not.)"""
-    if not dist.is_initialized():
-        return
-    gradients = [p.grad for p in model.parameters()]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message, not a hundred
-    dist.all_reduce(flat)
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, total in zip(gradients, parts, strict=True):
-        gradient.copy_(total.view_as(gradient))
+    """Adds up the gradients of all processes, in place. Each has backpropagated its share of one
+    global loss, so the sum is what one process with the whole batch would have computed. (DDP takes
+    the mean, so the released code multiplies the loss by the number of processes. In its later
+    version gradients are that many times too large, which Adam hides and clipping does not.)"""
+    if dist.is_initialized():
+        gradients = [p.grad for p in model.parameters()]
+        flat = parameters_to_vector(gradients)  # one message, not a hundred
+        dist.all_reduce(flat)
+        vector_to_parameters(flat, gradients)
 
 
 def compute_in_shares(rows_of, shape, dtype, chunk=4096):

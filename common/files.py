@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import zlib
@@ -22,7 +23,11 @@ def write_whole(path, write):
     temporary = path.with_name(f".{path.name}.nanoembed.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # a kill may have left it
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask says
         write(temporary)
+        temporary.chmod(mode)  # safetensors lets only the owner read
         os.replace(temporary, path)
     except Exception as error:  # torch, safetensors and tokenizers each raise errors of their own
         with contextlib.suppress(OSError):
@@ -32,7 +37,7 @@ def write_whole(path, write):
 
 
 def write_text(path, text):
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def write_json(path, value):
@@ -41,36 +46,29 @@ def write_json(path, value):
 
 def read_json(path):
     """The object in a JSON file. Raises InputError for a missing file, or one without an object."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}, not an object")
-    return values
+    return parse_object("\n".join(line for _, line in read_lines(path)), path)
 
 
 def read_json_lines(path):
-    """(number, object) for each line of a JSON lines file; blank lines are skipped.
-
-    Raises InputError naming the line that is no object."""
+    """(number, object) for each line of a JSON lines file; blank lines are skipped. Raises
+    InputError naming the line that is no object."""
     for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError:
-            values = None
-        if not isinstance(values, dict):
-            raise InputError(f"{path}, line {number}: not a JSON object: {line[:60]}")
-        yield number, values
+        if line.strip():
+            yield number, parse_object(line, f"{path}, line {number}")
+
+
+def parse_object(text, where):
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{where} holds a {type(values).__name__}, not an object")
+    return values
 
 
 def read_lines(path):
     """(number, line) for each line of a text file, plain or gzipped; FILE.gz stands for FILE.
-
     Raises InputError for a file that is missing, damaged or not UTF-8."""
     path, number = Path(path), 0
     if not path.exists() and Path(f"{path}.gz").is_file():
@@ -87,25 +85,22 @@ def read_lines(path):
 
 
 def fingerprint(content):
-    """16 hexadecimal digits of the SHA-256 of a tokenizer, of bytes, or of the file at a path.
-
-    Token ids fit a model if and only if both were made with the same tokenizer."""
-    digest = hashlib.sha256()
+    """16 hexadecimal digits of the SHA-256 of a tokenizer, of bytes, or of the file at a path."""
     if isinstance(content, Tokenizer):
-        digest.update(content.to_str().encode())
-    elif isinstance(content, bytes):
-        digest.update(content)
-    else:
-        with open(content, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        content = content.to_str().encode()
+    with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()[:16]
 
 
 def load_tokenizer(folder):
     """The tokenizer.json of a data folder or a checkpoint directory, or that file itself. It
-    neither truncates nor pads. Raises InputError where there is none, or one that does not make
-    [CLS] text [SEP]."""
+    neither truncates nor pads, and reads "[MASK]" in a text as the characters that it is.
+
+    Raises InputError where there is none, for one that does not make [CLS] text [SEP], and for one
+    whose ids are not below the number of its tokens."""
     path = Path(folder) if Path(folder).suffix == ".json" else Path(folder, "tokenizer.json")
     if not path.is_file():
         raise InputError(
@@ -117,10 +112,14 @@ def load_tokenizer(folder):
         raise InputError(f"{path} is not a tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # as text; the post-processor still adds [CLS] and [SEP]
     missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
     if missing or tokenizer.encode("").tokens != ["[CLS]", "[SEP]"]:
         raise InputError(
             f"{path} has to have the tokens {' '.join(SPECIAL_TOKENS)}, and to put [CLS] before a "
             "text and [SEP] behind it"
         )
+    size, largest = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values())
+    if largest >= size:
+        raise InputError(f"{path} has an id {largest} and {size} tokens: ids have to be below that")
     return tokenizer

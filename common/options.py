@@ -2,16 +2,16 @@
 
     @dataclass
     class Config:
-        steps: int = 300  # optimizer steps                          <- the comment is the help text
-        warmup: float = 0.06  # share of the steps [0, 1]            <- and may end in a range
+        steps: int = 300  # optimizer steps                       <- the comment is the help text
+        dropout: float = 0.1  # share of the features [0, 1]      <- and may end in a range,
+        decay: str = "linear"  # of the rate [linear, sqrt]       <- or in the values to choose from
 
     config, origin = read_options(Config, sys.argv[1:], PRESETS)
 
-Types and ranges are checked, a misspelt key names the nearest one, and `origin` says where each
-value came from. A number without a range is at most a billion; a whole one is at least 1, any other
-at least 0.
+A number without a range is at most 1e9; a whole one is at least 1, any other at least 0.
 """
 
+import contextlib
 import difflib
 import inspect
 import os
@@ -20,7 +20,6 @@ import sys
 import time
 from dataclasses import fields
 from decimal import Decimal
-from pathlib import Path
 
 
 class InputError(Exception):
@@ -29,28 +28,29 @@ class InputError(Exception):
 
 def cli(main):
     """Calls main(arguments) for a script. What a user can correct is one line on stderr."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name) or open(os.devnull, mode)  # None: the shell closed it
+        stream.reconfigure(errors="replace", line_buffering=True)  # what its encoding cannot hold
+        setattr(sys, name, stream)
     code, message = 0, ""
     try:
-        try:
-            main(sys.argv[1:])
-        finally:
-            sys.stdout.flush()
+        main(sys.argv[1:])
     except KeyboardInterrupt:
         code, message = 130, "interrupted; give the same command again"
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         code = 1
     except (InputError, OSError) as error:  # OSError: a full disk, a missing permission
-        code, message = 2, f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}"
+        code, message = 2, f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}"
     first = os.environ.get("RANK", "0") == "0"
-    if code == 2 and not first:
-        # As a rule all processes fail alike, and the first one prints the message. torchrun ends
-        # all of them as soon as one has left, so the others wait until it has printed.
+    if code == 2 and not first and "TORCHELASTIC_RUN_ID" in os.environ:
+        # Most often all processes fail alike, and the first one says why. torchrun ends all as soon
+        # as one has left, so the others wait until it has printed.
         time.sleep(30)
     if message and (first or code == 2):
-        print(message, file=sys.stderr, flush=True)
+        print(message, file=sys.stderr)
     if code or "RANK" in os.environ:
-        # Without Python's usual cleanup, which would write the rest of stdout again, and in which a
-        # gloo thread that still releases a tensor would abort the process (torch 2.13).
+        # Python's usual cleanup would write the rest of stdout again, and abort the process where a
+        # gloo thread still releases a tensor (torch 2.13).
         os._exit(code)
 
 
@@ -61,64 +61,49 @@ def split_words(arguments):
 
 
 def read_options(config_class, arguments, presets=None):
-    """(config, origin): all values, and for each "default", "preset NAME" or "option".
-
-    Options are written --key=value, with - or _ within the key; --key alone sets a bool. --help
-    prints all of them and exits. Raises InputError for an unknown key and a value of the wrong type
-    or out of range."""
-    types, given = {f.name: f.type for f in fields(config_class)}, {}
-    source = inspect.getsource(config_class)
-    texts = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", source, re.M))
+    """(config, origin): all values, and for each "default", "preset NAME" or "option". Options are
+    written --key=value, with - or _ within the key; --key alone sets a bool. --help prints all of
+    them and exits. Raises InputError for an unknown key and a wrong value."""
+    presets, options, texts = presets or {}, {}, {}
+    types = {field.name: field.type for field in fields(config_class)}
+    for parent in config_class.__mro__[-2::-1]:  # a Config may be a subclass of another one
+        texts |= re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(parent), re.M)
+    if presets:
+        texts["preset"] = f"a named set of values [{', '.join(presets)}]"
     for argument in arguments:
         if argument in ("-h", "--help"):
-            print_help(config_class, texts, presets or {})
+            print_help(config_class, texts, presets)
             sys.exit(0)
-        match = re.fullmatch(r"--([\w-]+)(?:=(.*))?", argument, re.S)
-        if not match:
-            raise InputError(f"{argument}: options are written --key=value; --help lists them")
-        key = match[1].replace("-", "_")
-        if key not in types:
+        name, equals, text = argument.partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        if key not in types or not name.startswith("--"):
             near = difflib.get_close_matches(key, types, 1)
-            hint = f"did you mean --{near[0].replace('_', '-')}?" if near else "--help lists all"
-            raise InputError(f"--{match[1]} is not an option: {hint}")
-        given[key] = parse(match[1], match[2], types[key], texts.get(key, ""))
-
-    values, origin = {}, dict.fromkeys(types, "default")
-    if presets:
-        preset = given.get("preset", next(iter(presets)))
-        if preset not in presets:
-            raise InputError(f"--preset={preset}: the presets are {', '.join(presets)}")
-        values = presets[preset]
-        origin |= dict.fromkeys(values, f"preset {preset}")
-    return config_class(**{**values, **given}), origin | dict.fromkeys(given, "option")
+            hint = f"did you mean --{near[0]}=...?" if near else "--help lists all"
+            raise InputError(f"{name} is not an option: {hint.replace('_', '-')}")
+        if not equals and types[key] is not bool:
+            raise InputError(f"{name} needs a value: {name}=...")
+        options[key] = parse(name, text if equals else "true", types[key], texts[key])
+    preset = options.get("preset", next(iter(presets), None))
+    values = presets.get(preset, {})
+    origin = dict.fromkeys(types, "default") | dict.fromkeys(values, f"preset {preset}")
+    return config_class(**values | options), origin | dict.fromkeys(options, "option")
 
 
-def parse(key, text, kind, help_text):
+def parse(name, text, kind, help_text):
     """The value of an option. A whole number may be written 1e3."""
-    if kind is bool:
-        if text not in (None, "true", "false"):
-            raise InputError(f"--{key}={text}: give true or false")
-        return text != "false"
-    if text is None:
-        raise InputError(f"--{key} needs a value: --{key}=...")
-    if kind is str:
-        return text
-    low, high = range_of(kind, help_text)
-    try:
+    brackets = re.search(r"\[([^][]+, [^][]+)\]$", help_text)
+    if kind in (bool, str):
+        choices = "true, false" if kind is bool else brackets and brackets[1]
+        if choices and text not in choices.split(", "):
+            raise InputError(f"{name}={text}: give {' or '.join(choices.rsplit(', ', 1))}")
+        return text if kind is str else text == "true"
+    low, high = map(float, brackets[1].split(",")) if brackets else (int(kind is int), 1e9)
+    with contextlib.suppress(ArithmeticError):  # not a number, or nan
         value = Decimal(text)
-        valid = low <= value <= high and (kind is float or value == int(value))
-    except ArithmeticError:  # not a number, or nan
-        valid = False
-    if not valid:
-        number = "whole number" if kind is int else "number"
-        raise InputError(f"--{key}={text}: give a {number} from {low:,g} to {high:,g}")
-    return kind(value)
-
-
-def range_of(kind, help_text):
-    """The smallest and the largest value of a number."""
-    match = re.search(r"\[(\S+), (\S+)\]$", help_text)
-    return (float(match[1]), float(match[2])) if match else (1 if kind is int else 0, 10**9)
+        if low <= value <= high and (kind is float or value == int(value)):
+            return kind(value)
+    number = "whole number" if kind is int else "number"
+    raise InputError(f"{name}={text}: give a {number} from {low:,g} to {high:,g}")
 
 
 def print_help(config_class, texts, presets):
@@ -130,12 +115,11 @@ def print_help(config_class, texts, presets):
 
 
 def inherit(config, origin, values, checkpoint):
-    """Takes over the values that a checkpoint decides, such as the model's shape.
-
-    Raises InputError where an option contradicts one."""
+    """Takes over the values that a checkpoint decides, such as the model's shape. Raises InputError
+    where an option contradicts one."""
     for key, value in values.items():
         if origin[key] == "option" and getattr(config, key) != value:
-            key = key.replace("_", "-")
-            raise InputError(f"--{key} contradicts {checkpoint}, where it is {value}: leave it out")
+            name = f"--{key.replace('_', '-')}"
+            raise InputError(f"{name} contradicts {checkpoint}, where it is {value}: leave it out")
         setattr(config, key, value)
         origin[key] = f"from {checkpoint}"

@@ -4,6 +4,7 @@ One measure serves both: the share of runs of consecutive words that two texts h
 """
 
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -15,11 +16,16 @@ from data.tasks import read_judgements, read_texts, splits_of
 REASONS = "", "near held-out text", "equal to held-out text"  # why a training row is left out
 # scripts without spaces: Thai and Lao, Burmese, Khmer, Japanese and Chinese
 NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-WORD = re.compile(rf"[{NO_SPACES}]|[^\W{NO_SPACES}]+")
+# vowel signs and accents belong to the letter before them, and \w has none of them
+MARKS = "".join(c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c)[0] == "M")
+LETTER = rf"[^\W{NO_SPACES}]"  # or number or _
+# (?!...) is for speed: MARKS is a slow class, and what follows English words is below it
+WORD = re.compile(rf"[{NO_SPACES}][{MARKS}]*|{LETTER}+(?:(?![\0-\u02ff])[{MARKS}]+{LETTER}*)*")
 
 
 def words(text):
-    """The words of a text, in lower case. In scripts without spaces each character is a word."""
+    """The words of a text, in lower case: letters, marks, numbers and _. In scripts without spaces
+    each character is a word."""
     return WORD.findall(text.lower())
 
 

@@ -43,7 +43,7 @@ from common.files import fingerprint, load_tokenizer, read_json, read_json_lines
 from common.options import InputError, cli, read_options, split_words
 from data.prepare import data_folder, is_made, write_source
 from data.store import distinct
-from evaluate import top_k
+from metrics import top_k
 from model import NomicBert
 
 

@@ -25,11 +25,13 @@ import itertools
 import re
 import sys
 import time
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.checkpoint import find_checkpoint
 from common.files import fingerprint, load_tokenizer
 from common.options import InputError, cli, read_options, split_words
 from data import prepare
@@ -38,7 +40,7 @@ from data.markup import read_markup
 from data.prepare import LONGEST, SEARCH
 
 SUFFIXES = (".md", ".markdown", ".txt")
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+SENTENCE_END = re.compile(r"(?<=[.!?।॥؟۔။])\s+|(?<=[。！？])")
 PREFIXES = {  # in the order in which they are chosen as the task
     "heading-section": SEARCH,
     "title-document": ("classification: ", "classification: "),  # like the paper's Wikipedia titles
@@ -67,40 +69,44 @@ class Document:
     @property
     def text(self):
         """Everything below the title, with each heading once."""
-        parts, above = [], ()
+        blocks, above = [], ()
         for headings, prose in self.sections:
-            parts += [h for i, h in enumerate(headings) if headings[: i + 1] != above[: i + 1]]
-            parts.append(prose)
+            blocks += [h for i, h in enumerate(headings) if headings[: i + 1] != above[: i + 1]]
+            blocks.append(prose)
             above = headings
-        return "\n\n".join(parts)
+        return "\n\n".join(blocks)
 
 
 def read_document(path, name):
     """Raises InputError for a file that is not UTF-8."""
     try:
-        text = path.read_text("utf-8-sig")
+        title, sections = read_markup(path.read_text("utf-8-sig"), path.suffix.lower())
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise InputError(f"{path}, line {line}: not UTF-8; convert or remove the file") from None
-    title, sections = read_markup(text, path.suffix.lower())
-    return Document(name, title or re.sub(r"[-_]+", " ", path.stem), sections)
+    title = title or re.sub(r"[-_\s]+", " ", path.stem)
+    return Document(name, title.encode(errors="replace").decode(), sections)  # no lone surrogates
 
 
 def read_folder(folder):
-    """(documents, left out: name -> reason) of all files with one of the SUFFIXES that are neither
-    hidden nor built. Raises InputError for a folder without text."""
-    folder, documents = Path(folder), []
+    """(documents, left out: name -> reason) of all files with one of the SUFFIXES. A name is the
+    path within the folder, with escapes for what an id cannot hold."""
+    folder, documents, left_out = Path(folder), [], {}
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give one with {', '.join(SUFFIXES)}")
     for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        skipped = any(part.startswith((".", "_build", "node_modules")) for part in parts)
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not skipped:
-            documents.append(read_document(path, "/".join(parts)))
-    left_out = {d.name: "no text" for d in documents if len(words(d.text)) < 10}
+        *parents, file = path.relative_to(folder).parts
+        name = repr("/".join([*parents, file]))[1:-1]
+        if path.is_symlink() and not path.is_file():
+            left_out[name] = "link to a folder or to nothing"
+        elif path.suffix.lower() not in SUFFIXES or not path.is_file():
+            continue
+        elif any(p.startswith(".") or p in ("_build", "node_modules") for p in parents):
+            left_out[name] = "in a hidden or built folder"
+        else:
+            documents.append(read_document(path, name))
+    left_out |= {d.name: "fewer than ten words" for d in documents if len(words(d.text)) < 10}
     documents = [document for document in documents if document.name not in left_out]
-    if not documents:
-        raise InputError(f"{folder} has no text: no file of {', '.join(SUFFIXES)} has ten words")
     new = NearDuplicates(share=0.8).add_new([document.text for document in documents])
     copies = itertools.compress(documents, ~new)
     left_out |= {document.name: "copy of another file" for document in copies}
@@ -111,14 +117,17 @@ def read_folder(folder):
 # Documents -> pairs
 
 
-def pairs_of(document):
-    """(source, query, text) for every pair of a document that says something: enough words on both
-    sides, and a text that is prose. The query of a section: Type Hints > Rationale > Non-goals."""
+def pairs_of(document, left_out):
+    """Yields (source, query, text) for every pair of a document that says something: enough words
+    on both sides, and a text that is prose. The others are counted in left_out, a Counter.
+
+    The query of a section: Type Hints > Rationale > Non-goals."""
     pairs = [("title-document", document.title, document.text, 1)]
     for headings, prose in document.sections:
-        opening, _, rest = prose.partition("\n\n")
-        pairs.append(("opening-rest", opening, rest, 8))
-        if not rest:
+        opening, _, below = prose.partition("\n\n")
+        if below:
+            pairs.append(("opening-rest", opening, below, 8))
+        else:
             first, *others = SENTENCE_END.split(prose)
             pairs.append(("sentence-text", first, " ".join(others), 3))
         if headings:
@@ -126,38 +135,49 @@ def pairs_of(document):
             pairs.append(("heading-section", query, prose, 2))
     for source, query, text, least in pairs:
         query, text = query[:LONGEST], text[:LONGEST].strip("\n")
-        letters = sum(c.isalpha() or c.isspace() for c in text)
-        says_something = len(words(query)) >= least and any(map(str.isalpha, query))
-        if says_something and len(words(text)) >= 15 and letters >= 0.7 * len(text):
+        kinds = [unicodedata.category(c)[0] for c in text]
+        letters = sum(map(kinds.count, "LMZC"))  # letters and marks; spaces are Z, newlines C
+        enough = len(words(query)) >= least and len(words(text)) >= 15
+        if enough and re.search(r"[^\W\d_]", query) and letters >= 0.7 * len(text):
             yield source, query, text
+        else:
+            left_out["pairs too short or with few letters"] += 1
 
 
-def pairs_by_source(documents):
+def pairs_by_source(documents, left_out):
     """source -> [(name of the file, query, text)], of nearly equal texts the first."""
-    found = {source: [] for source in PREFIXES}
+    pairs = {source: [] for source in PREFIXES}
     for document in documents:
-        for source, query, text in pairs_of(document):
-            found[source].append((document.name, query, text))
-    for source, rows in found.items():
+        for source, query, text in pairs_of(document, left_out):
+            pairs[source].append((document.name, query, text))
+    for source, rows in pairs.items():
         new = NearDuplicates().add_new([text for _, _, text in rows])
-        found[source] = list(itertools.compress(rows, new))
-    return found
+        pairs[source] = list(itertools.compress(rows, new))
+        left_out["pairs with nearly equal text"] += len(rows) - int(new.sum())
+    return pairs
 
 
-def choose_task(found):
+def choose_task(pairs, left_out):
     """The source that becomes the retrieval task, and the names of the files that have it.
 
     Raises InputError where fewer than 3 files have pairs: one is needed for each split."""
     names = {}
-    for source, rows in found.items():
+    for source, rows in pairs.items():
         first = {query: name for name, query, _ in reversed(rows)}  # of equal queries the first
         names[source] = sorted(set(first.values()))
+        left_out["pairs with equal headings or titles"] += len(rows) - len(first)
         if len(names[source]) >= 3:
             return source, names[source]
     raise InputError(
-        f"{max(map(len, names.values()))} files have a section below a heading, or two sentences: "
-        "3 are needed, one to train on, one to tune on and one to test on"
+        f"{max(map(len, names.values()))} files have text under headings or titles of their own: 3 "
+        f"are needed, one to train on, one to tune on and one to test on ({counted(left_out)})"
     )
+
+
+def counted(left_out):
+    """What is left out, and how often, for a message."""
+    counts = (f"{count:,} {what}" for what, count in left_out.items() if count)
+    return ", ".join(counts) or f"no file of {', '.join(SUFFIXES)}"
 
 
 def move_files(splits, names):
@@ -173,8 +193,10 @@ def write(out, documents, tokenizer, meta, options):
     """Writes the data folder. tokenizer: None trains one on these documents."""
     splits = {document.name: prepare.split_of(document.name) for document in documents}
     documents = sorted(documents, key=lambda d: splits[d.name] == "train")  # held-out files first
-    found = pairs_by_source(documents)
-    task, names = choose_task(found)
+    left_out = Counter(meta["files"])
+    found = pairs_by_source(documents, left_out)
+    print(f"  files and pairs: {counted(left_out)}")
+    task, names = choose_task(found, left_out)
     move_files(splits, names)
 
     texts, pairs, long = {"train": [], "dev": [], "test": []}, {}, []
@@ -218,19 +240,18 @@ def main(arguments):
         raise InputError(f"{len(folders)} folders given: python data/folder.py PATH")
     began, folder, add = time.time(), folders[0], options.add
     out = Path(options.out or Path("out", Path(folder).resolve().name))
-    given = options.tokenizer or add
+    given = find_checkpoint(options.tokenizer) if options.tokenizer else add
     tokenizer = load_tokenizer(given) if given else None
     documents, left_out = read_folder(folder)
-    contents = ["\0".join(f"{d.name}\0{d.title}\0{d.text}" for d in documents).encode()]
-    contents += ([tokenizer] if given else []) + ([Path(add, "meta.json")] if add else [])
-    inputs = {"script": "data/folder.py", "folder": folder, "add": add}
-    inputs |= {"tokenizer": options.tokenizer, "vocab_size": options.vocab_size}
-    inputs["changed"] = list(map(fingerprint, contents))
+    texts = "\0".join(f"{d.name}\0{d.title}\0{d.text}" for d in documents)
+    inputs = {"script": "data/folder.py", "vocab_size": options.vocab_size}
+    inputs["texts"] = fingerprint(texts.encode())  # not the folder's name: it has many spellings
+    inputs["tokenizer"] = fingerprint(tokenizer) if given else ""
+    inputs["add"] = [Path(add).name, fingerprint(Path(add, "meta.json"))] if add else []
     if not prepare.is_made(out, inputs):
         for name, reason in list(left_out.items())[:5]:
             print(f"  {name}: {reason}")
         files = {"read": len(documents), **Counter(left_out.values())}
-        print(f"  files: {', '.join(f'{n:,} {what}' for what, n in files.items())}")
         with prepare.data_folder(out) as new:
             write(new, documents, tokenizer, {"inputs": inputs, "files": files}, options)
         print(f"wrote {out} in {time.time() - began:.0f} s")

@@ -9,40 +9,37 @@ Each file is plain or gzipped:
 """
 
 import json
-import math
+import re
 from pathlib import Path
 
 from common.files import read_json, read_json_lines, read_lines, write_json, write_text
 from common.options import InputError
+from data.prefixes import PREFIXES
 
-PREFIXES = {  # task -> what stands before the text (sec. 3.2)
-    "query": "search_query: ",
-    "document": "search_document: ",
-    "classification": "classification: ",
-    "clustering": "clustering: ",
-}
-# A checkpoint has them under mteb's names of task types too (sec. 5.2.1; for reranking as in the
-# released code), so that mteb finds the prefix of every task by itself
-PROMPTS = PREFIXES | {"Clustering": "clustering: ", "QuoraRetrieval-document": "search_query: "}
-PROMPTS |= dict.fromkeys(
-    ["Classification", "MultilabelClassification", "PairClassification", "Reranking", "STS"]
-    + ["Summarization", "BitextMining"],
-    "classification: ",
-)
+# A whole number of up to three digits, as any program may print it: 1, 2.0, -1, 1.000e+00
+GRADE = re.compile(r"\s*[+-]?\d{1,3}(\.0*)?([eE][+-]?0+)?\s*")
 
 
-def read_texts(path):
-    """id -> text of a corpus.jsonl or queries.jsonl; a title comes before its text [code].
-
-    Raises InputError naming the line that has no id or no text, or the id of a line before."""
-    texts = {}
+def read_rows(path):
+    """(line number, id, text) of each line of a corpus.jsonl or queries.jsonl; a title comes before
+    its text [code]. Raises InputError for an empty file, or a line without id or text."""
+    number = 0
     for number, row in read_json_lines(path):
         name, title, text = row.get("_id"), row.get("title") or "", row.get("text")
         if type(name) not in (str, int) or not isinstance(title, str) or not isinstance(text, str):
             raise InputError(f'{path}, line {number}: not {{"_id": ..., "text": "..."}}')
-        if str(name) in texts:
+        yield number, str(name), f"{title} {text}".strip()
+    if not number:
+        raise InputError(f'{path} is empty: a text is a line {{"_id": ..., "text": "..."}}')
+
+
+def read_texts(path):
+    """id -> text. Raises InputError as read_rows does, and for an id that is there twice."""
+    texts = {}
+    for number, name, text in read_rows(path):
+        if name in texts:
             raise InputError(f"{path}, line {number}: the _id {name} is there twice")
-        texts[str(name)] = f"{title} {text}".strip()
+        texts[name] = text
     return texts
 
 
@@ -52,29 +49,27 @@ def read_judgements(path, queries, documents):
     Raises InputError for a line of another form, or one that names an unknown id."""
     judged = {}
     for number, line in read_lines(path):
-        where, parts = f"{path}, line {number}", line.split("\t")
-        if not line.strip() or (not judged and parts[-1].strip() == "score"):
+        where, columns = f"{path}, line {number}", line.split("\t")
+        if not line.strip() or (not judged and columns[-1].strip() == "score"):
             continue
-        if len(parts) != 3:
+        if len(columns) != 3:
             raise InputError(f"{where}: not query-id, corpus-id and score, separated by tabs")
-        query, document, grade = parts
-        try:
-            value = float(grade)
-        except ValueError:
-            value = math.nan
-        if not value.is_integer() or abs(value) > 1000:
-            raise InputError(f"{where}: the grade {grade} is no whole number from -1000 to 1000")
-        for name, given, known in (("queries", query, queries), ("corpus", document, documents)):
-            if given not in known:
-                raise InputError(f"{where}: {given} is not in {name}.jsonl")
-        if value > 0:
-            judged.setdefault(query, {})[document] = int(value)
+        query, document, grade = columns
+        if not GRADE.fullmatch(grade):
+            raise InputError(f"{where}: the grade {grade} is no whole number from -999 to 999")
+        for name, key, texts in (("queries", query, queries), ("corpus", document, documents)):
+            if key not in texts:
+                raise InputError(f"{where}: {key} is not in {name}.jsonl")
+        if float(grade) > 0:
+            judged.setdefault(query, {})[document] = int(float(grade))
     return judged
 
 
 def splits_of(folder):
-    """The names of a task's qrels files: train, dev, test."""
-    return sorted(path.name.split(".")[0] for path in Path(folder, "qrels").glob("*.tsv*"))
+    """The names of a task's qrels files, plain or gzipped: train, dev, test."""
+    paths = Path(folder, "qrels").glob("*")
+    names = [re.fullmatch(r"([^.].*)\.tsv(\.gz)?", path.name) for path in paths]
+    return sorted({name[1] for name in names if name})
 
 
 def read_task(folder, split):
@@ -83,12 +78,14 @@ def read_task(folder, split):
     Raises InputError where the folder is not a task, naming file and line."""
     folder = Path(folder)
     documents, queries = (read_texts(folder / f"{name}.jsonl") for name in ("corpus", "queries"))
-    path = folder / "qrels" / f"{split}.tsv"
+    path, meta = folder / "qrels" / f"{split}.tsv", folder / "meta.json"
     judged = read_judgements(path, queries, documents)
     if not judged:
         raise InputError(f"{path} judges no document relevant")
-    meta = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
-    return documents, queries, judged, PREFIXES | meta.get("prefixes", {})
+    prefixes = read_json(meta).get("prefixes", {}) if meta.is_file() else {}
+    if not isinstance(prefixes, dict) or not all(isinstance(x, str) for x in prefixes.values()):
+        raise InputError(f'{meta}: prefixes are not {{"query": "...", "document": "..."}}')
+    return documents, queries, judged, PREFIXES | prefixes
 
 
 def json_line(row):
@@ -102,14 +99,14 @@ def write_jsonl(path, rows):
 def write_task(folder, documents, queries, prefixes):
     """Writes the BEIR layout. documents: id -> text; queries: split -> list of (query, ids of the
     documents that answer it); prefixes: of queries and documents."""
-    folder, asked = Path(folder), []
+    folder, query_rows = Path(folder), []
     write_jsonl(folder / "corpus.jsonl", ({"_id": i, "text": t} for i, t in documents.items()))
     for split, rows in queries.items():
         lines = ["query-id\tcorpus-id\tscore"]
         for i, (query, answers) in enumerate(rows):
-            asked.append({"_id": f"{split}-{i}", "text": query})
+            query_rows.append({"_id": f"{split}-{i}", "text": query})
             lines += [f"{split}-{i}\t{answer}\t1" for answer in dict.fromkeys(answers)]
         write_text(folder / "qrels" / f"{split}.tsv", "\n".join(lines) + "\n")
-    write_jsonl(folder / "queries.jsonl", asked)
-    prefixes = dict(zip(("query", "document"), prefixes, strict=True))
-    write_json(folder / "meta.json", {"prefixes": prefixes})
+    write_jsonl(folder / "queries.jsonl", query_rows)
+    query, document = prefixes
+    write_json(folder / "meta.json", {"prefixes": {"query": query, "document": document}})

@@ -1,6 +1,5 @@
 """The benches: estimates against the operations that torch counts, and tables of experiments."""
 
-import os
 import subprocess
 import sys
 import time
@@ -9,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from tiny import cases
 from torch.utils.flop_counter import FlopCounterMode
 
 import contrastive
 import mlm
-from bench import curve, estimate, experiments
-from common.files import load_tokenizer, write_json
-from common.options import InputError
+from bench import estimate, experiments, speed
+from bench.shared import STAGES
+from common.files import write_json
+from common.options import InputError, read_options
 from data.prepare import write_source
 from data.store import open_sources, pack
+from evaluate import shown
 from model import Block, ModelConfig, NomicBert, NomicBertForMaskedLM, find_segments
 
 
@@ -84,10 +86,6 @@ def test_the_estimate_of_the_papers_run_has_its_numbers(stage, tmp_path, capsys)
 SHAPE = "--hidden-size=64 --num-hidden-layers=1 --num-attention-heads=1 --intermediate-size=64"
 
 
-def times_of(paths):
-    return {path: path.stat().st_mtime_ns for path in paths}
-
-
 def test_a_killed_table_continues_and_runs_no_row_twice(data, tmp_path, capsys):
     arguments = [f"--data={data}", f"--out={tmp_path}/out", "--rows=stage 3 without stage"]
     arguments += [f"--options={SHAPE} --batch-size=4 --steps=2"]
@@ -104,52 +102,68 @@ def test_a_killed_table_continues_and_runs_no_row_twice(data, tmp_path, capsys):
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "±" in line]
     needed = ["after stage 1", "stage 2 without stage 1"]
     needed += ["stage 3 without stage 1", "stage 3 without stage 2"]
-    assert [row[0].removeprefix("| ") for row in rows] == needed
-    for option, message in (("--options=", "has results of"), ("--rows=before", "the rows are")):
-        with pytest.raises(InputError, match=message):
-            experiments.main([*arguments, option])
+    assert sorted(row[0].removeprefix("| ") for row in rows) == needed
+
+    trained = times_of(tmp_path.glob("out/0/*/model.safetensors"))
+    experiments.main([*arguments, "--split=dev"])
+    assert len(trained) == 4 and trained == times_of(trained), "dev scores the same models"
+    with pytest.raises(InputError, match="another --steps"):
+        experiments.main([*arguments, f"--options={SHAPE} --batch-size=4 --steps=3"])
+
+
+def times_of(paths):
+    return {path: path.stat().st_mtime_ns for path in paths}
 
 
 def test_differences_are_those_of_each_query_over_the_seeds_that_both_rows_have():
-    """.1, .2 and .6 more in seed 0: the mean is .3, the standard error sqrt(.07 / 3) = .153."""
-    runs = {"0": {"scores": {"x": [0.5, 0.7, 0.9]}}, "1": {"scores": {"x": [0.7, 0.9, 1.0]}}}
-    others = {"0": {"scores": {"x": [0.4, 0.5, 0.3]}}}
+    """.1, .2 and .6 more in seed 0: the mean is .3, the standard error sqrt(.07 / 3) = .153. With
+    .1, .2, and .3 more in seed 1 the means are .3 and .2, their standard deviation .071."""
+    runs = {0: {"scores": {"x": [0.5, 0.7, 0.9]}}, 1: {"scores": {"x": [0.7, 0.9, 1.0]}}}
+    others = {0: {"scores": {"x": [0.4, 0.5, 0.3]}}}
     assert experiments.difference(runs, others, "x") == "+0.300 ±0.153"
-    assert experiments.mean_score(runs, "x") == "0.783 ±0.101"
+    assert shown(experiments.mean_score(runs, "x")) == "0.783 ±0.101"
     assert experiments.difference(runs, {}, "x") == ""
+    others[1] = {"scores": {"x": [0.6, 0.7, 0.7]}}
+    assert experiments.difference(runs, others, "x") == "+0.250 ±0.104 (seeds ±0.071)"
 
 
-def test_the_curve_of_pairs_has_a_line_for_each_start_and_continues(data, tmp_path, capsys):
-    options = [f"--data={data}", f"--out={tmp_path}/out", "--sizes=30", "--mlm-steps=8"]
-    options += ["--rates=1e-3", "--seeds=0", f"--options={SHAPE}"]
-    curve.main(options)
-    scores = times_of((tmp_path / "out/scores").iterdir())
-    assert {path.name for path in scores} == {"0-30-1e-3-0.json", "8-30-1e-3-0.json"}
-    sources = open_sources(tmp_path / "out/pairs-30-0/stage2", load_tokenizer(data))
-    assert abs(sum(map(len, sources)) - 30) <= 4 and (tmp_path / "out/curve.png").is_file()
-    capsys.readouterr()
-    curve.main(options)
-    shown = capsys.readouterr().out
-    assert "| 30 |" in shown and "summary-code" in shown
-    assert scores == times_of(scores), "no point is computed twice"
-    with pytest.raises(InputError, match="few: give whole numbers with commas"):
-        curve.main([*options, "--sizes=few"])
+def test_every_row_starts_from_a_row_above_it_and_has_options_of_its_stage():
+    above = {""}
+    for row in experiments.ROWS.values():
+        assert row.start in above and row.name not in above
+        assert row.against in {"", *experiments.ROWS}
+        above.add(row.name)
+        if row.stage:
+            stage = STAGES[row.stage]
+            read_options(stage.Config, row.options.split(), stage.PRESETS)
+    assert len(experiments.ROWS) == sum(map(len, experiments.TABLES.values())), "unique names"
 
 
-def test_each_line_of_the_curve_has_the_rate_that_is_best_on_dev_in_the_first_seed():
-    def scores(dev, test):
-        return {"dev": {"x": [dev]}, "test": {"x": test}}
+def test_the_curve_has_a_line_for_each_start_with_the_sizes_that_were_run():
+    run = {0: {"scores": {"x-y": [0.0, 1.0]}}}
+    names = [experiments.point(*place) for place in ((1500, 0), (1500, 1600), (15_000, 1600))]
+    (axis,) = experiments.draw_curve(dict.fromkeys(names, run), ["x-y"]).axes
+    lines = {line.get_label(): line[0].get_xdata() for line in axis.containers}
+    assert len(lines) == len(experiments.RATES)
+    assert lines["random weights"].tolist() == [1500]
+    assert lines["after 1,600 steps of stage 1"].tolist() == [1500, 15_000]
 
-    runs = {("1e-3", 0): scores(0.2, [0.9, 0.9])}
-    runs |= {("3e-3", 0): scores(0.3, [0, 1]), ("3e-3", 1): scores(0.0, [1, 1])}
-    rate, found = curve.point_of(runs)
-    assert rate == "3e-3" and found["x"].tolist() == [0.5, 1.0]
 
-
-def test_the_dry_run_of_the_gpu_script_runs_each_of_its_commands(data):
-    """With tiny sizes, on any machine. A command that fails makes it fail."""
-    environment = {**os.environ, "PYTHON": sys.executable, "DATA": str(data)}
-    command = ["bash", ROOT / "bench" / "gpu.sh", "--dry-run"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
-    assert result.stdout.count("### ") == 7 and "failed" not in result.stdout
+@cases(
+    "main, arguments, message",
+    [
+        (speed.main, [], "give one of stages, train, encode, memory"),
+        (speed.main, ["train", "memory"], "give one of stages"),
+        (speed.main, ["stages", "two"], "two: the stages are mlm, contrastive, finetune"),
+        (speed.main, ["memory", "--batches=few"], "few: give whole numbers with commas"),
+        (speed.main, ["memory", "--preset=x"], "--preset=x: "),
+        (estimate.main, ["mlm", "finetune"], "give one of mlm, contrastive, finetune"),
+        (estimate.main, ["mlm", "--gpus=0"], "--gpus=0: give a whole number"),
+        (experiments.main, ["ladders"], "ladders: the tables are ladder, curve"),
+        (experiments.main, ["--rows=before"], "--rows=before: the rows are BM25, "),
+        (experiments.main, ["--data=nowhere"], "nowhere is not a data folder"),
+    ],
+)
+def test_a_command_that_does_not_exist_is_answered_in_a_line(main, arguments, message):
+    with pytest.raises(InputError, match=message):
+        main(arguments)

@@ -2,18 +2,16 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import cases, tiny_model
 
+from common import checkpoint
 from common.options import InputError
-from model import NomicBert, NomicBertForMaskedLM
+from model import ModelConfig, NomicBert, NomicBertForMaskedLM
 
 TEXTS = ["", "some words", "a much longer text " * 60]
 
@@ -155,28 +153,6 @@ def test_the_encoder_of_a_masked_language_model_opens_without_its_head(tokenizer
         NomicBertForMaskedLM.from_pretrained(tmp_path / "encoder")
 
 
-def test_a_name_on_the_hub_opens_from_its_cache_or_is_an_error_of_one_line(directory, tmp_path):
-    repository = tmp_path / "cache" / "models--nomic-ai--nomic-embed-text-v1"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    (repository / "snapshots").mkdir()
-    v1(directory)
-    snapshot = directory.rename(repository / "snapshots" / ("0" * 40))
-    code = (
-        "import torch; from model import NomicBert; from common.options import cli\n"
-        "model = NomicBert.from_pretrained('nomic-ai/nomic-embed-text-v1', torch.float32)\n"
-        "print(model.encode(['some words'])[0, :4].tolist())\n"
-        "cli(lambda _: NomicBert.from_pretrained('nobody/nothing'))"
-    )
-    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    command, options = [sys.executable, "-c", code], {"cwd": ROOT, "env": env, "text": True}
-    result = subprocess.run(command, capture_output=True, **options)
-    expected = NomicBert.from_pretrained(snapshot, torch.float32).encode(["some words"])[0, :4]
-    np.testing.assert_allclose(json.loads(result.stdout), expected, atol=1e-6)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "no directory nobody/nothing here" in result.stderr
-
-
 # ------------------------------------------------------------------------------------------------
 # What is wrong, in one line that names the file and the field
 
@@ -196,26 +172,18 @@ def damage(path, change):
         save_file({k: v for k, v in (load_file(path) | change).items() if v is not None}, path)
 
 
-def edited_tokenizer(edit):
-    def change(data):
-        values = json.loads(data)
-        edit(values)
-        return json.dumps(values).encode()
-
-    return change
-
-
-def without_mask(values):
-    values["added_tokens"] = [t for t in values["added_tokens"] if t["content"] != "[MASK]"]
-    del values["model"]["vocab"]["[MASK]"]
+def thirds(*sizes):
+    """transformers' three matrices instead of one, of which a size of 0 leaves one out."""
+    rows = {x: torch.zeros(size, 64) for x, size in zip("qkv", sizes, strict=True) if size}
+    return {QKV: None} | {Q.replace("q_proj", f"{x}_proj"): rows[x] for x in rows}
 
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 POOLING = "1_Pooling/config.json"
-YARN = {"rope_theta": 1000.0, "rope_type": "yarn", "factor": 4.0}
-NO_FACTOR = {"rope_theta": 1000.0, "rope_type": "dynamic"}
+NAN, INF = float("nan"), float("inf")
 NORM, BIAS = "encoder.layers.1.norm1.weight", "encoder.layers.0.attn.Wqkv.bias"
-NO_SPECIAL_TOKENS = edited_tokenizer(lambda values: values.update(post_processor=None))
+QKV, Q = "encoder.layers.0.attn.Wqkv.weight", "encoder.layers.0.self_attn.q_proj.weight"
+FLOAT8 = torch.ones(64).to(torch.float8_e4m3fn)
 
 
 @cases(
@@ -224,24 +192,26 @@ NO_SPECIAL_TOKENS = edited_tokenizer(lambda values: values.update(post_processor
         (CONFIG, None, "config.json cannot be read: No such"),
         (CONFIG, "[]", "config.json holds a list"),
         (CONFIG, "{", "config.json is not JSON"),
-        (CONFIG, '{"model_type": "nomic_bert"}', "config.json: vocab_size is None, not a number"),
-        (CONFIG, {"model_type": "bert"}, "config.json: model_type is 'bert'; this model has 'nomi"),
-        (CONFIG, {"prenorm": True}, "prenorm is True; this model has False only"),
-        (CONFIG, {"rope_parameters": YARN}, "rope_type is 'yarn'; known are default"),
-        (CONFIG, {"rope_parameters": NO_FACTOR}, "config.json: factor is None"),
-        (CONFIG, {"vocab_size": 512}, "word_embeddings.weight is .* asks for .512"),
-        (CONFIG, {"num_hidden_layers": 3}, "layers.2.* is missing, config.json asks for"),
+        (CONFIG, {"vocab_size": 512}, "word_embeddings.weight is .* should be .512"),
+        (CONFIG, {"num_hidden_layers": 3}, "layers.2.* is missing; by config.json it should be"),
         (POOLING, {"pooling_mode_cls_token": True}, "takes the mean of all tokens"),
-        (POOLING, {"pooling_mode": "cls"}, "takes the mean of all tokens"),
+        (POOLING, {"pooling_mode": ["cls"]}, "takes the mean of all tokens"),
         (WEIGHTS, None, "model.safetensors is missing"),
         (WEIGHTS, lambda data: data[:-100], "model.safetensors cannot be read"),
         (WEIGHTS, {NORM: None}, "norm1.weight is missing"),
         (WEIGHTS, {NORM: torch.ones(64, dtype=torch.int8)}, "norm1.weight is torch.int8"),
-        (WEIGHTS, {NORM: torch.full((64,), torch.nan)}, "norm1.weight is .* finite"),
-        (WEIGHTS, {BIAS: torch.zeros(192)}, "Wqkv.bias is .192,., .* asks for missing"),
+        (WEIGHTS, {NORM: FLOAT8}, "norm1.weight is torch.float8_e4m3fn and has to be"),
+        (WEIGHTS, {NORM: torch.full((64,), NAN)}, "norm1.weight is .* finite"),
+        (WEIGHTS, {NORM: torch.full((64,), 1e300, dtype=torch.float64)}, "norm1.weight is .* fin"),
+        (WEIGHTS, {BIAS: torch.zeros(192)}, "Wqkv.bias is .192,.; .* should be missing"),
+        (WEIGHTS, thirds(64, 0, 64), "q_proj.weight has no k_proj and v_proj of the same shape"),
+        (WEIGHTS, thirds(64, 32, 64), "q_proj.weight has no k_proj and v_proj of the same shape"),
+        (WEIGHTS, thirds(32, 96, 64), "q_proj.weight has no k_proj and v_proj of the same shape"),
+        (WEIGHTS, thirds(0, 64, 64), "Wqkv.weight is missing"),
         (TOKENIZER, "{}", "tokenizer.json is not a tokenizer"),
-        (TOKENIZER, edited_tokenizer(without_mask), "has to have the tokens .* .MASK"),
-        (TOKENIZER, NO_SPECIAL_TOKENS, "and to put .CLS. before a text"),
+        (TOKENIZER, lambda data: data.replace(b"[MASK]", b"MASK"), "has to have the tokens .* .M"),
+        (TOKENIZER, {"post_processor": None}, "and to put .CLS. before a text"),
+        (TOKENIZER, lambda data: data.replace(b": 100,", b": 40000,"), "has an id 40000 and"),
     ],
 )
 def test_a_damaged_checkpoint_is_an_error_of_one_line(directory, name, change, message):
@@ -251,16 +221,43 @@ def test_a_damaged_checkpoint_is_an_error_of_one_line(directory, name, change, m
     assert "\n" not in str(error.value) and "model" in str(error.value)
 
 
-@pytest.mark.parametrize("vocab_size", [320, 4096])
-def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(
-    tmp_path, data_tokenizer, vocab_size
-):
-    tiny_model(data_tokenizer, vocab_size=vocab_size).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=f"has 2048 tokens, vocab_size in .* is {vocab_size}"):
+ROPE = {"rope_theta": 1000.0, "rope_type": "dynamic", "factor": 2.0}
+NO_NUMBERS = (True, "2", [2], {}, NAN, INF, -INF, -1, 1e30, 10**400)
+OUT_OF_RANGE = {  # 64.0 is no whole number, as for transformers
+    **{"vocab_size": (0, 320.0, None), "hidden_size": (0, 64.0, 6, 66), "n_embd": (0, 64.0, 66)},
+    **{"num_attention_heads": (0, 5, 2.5, 384), "n_head": (0, 5, 2.5), "n_layer": (2.0, 0.5)},
+    **{"intermediate_size": (0, 128.0), "type_vocab_size": (0, 2.0), "layer_norm_eps": (0, None)},
+    **{"rope_theta": (0, -5, 0.5), "rotary_emb_base": (0, -5), "factor": (0, -3, 0.5, None)},
+    **{"rotary_scaling_factor": (0, False), "max_position_embeddings": (0, 0.5, 2048.0, None)},
+    **{"max_trained_positions": (0, 0.5, None), "rope_type": ("yarn", None, [], {}, True)},
+    **{"model_type": ("bert", None), "prenorm": (True, "no"), "rope_scaling": (ROPE, "linear")},
+    "rope_parameters": ([], [ROPE], "dynamic", "", 0, False, {"rope_type": "dynamic"}),
+}
+ROWS = [(name, v) for names, *_ in checkpoint.FIELDS.values() for name in names for v in NO_NUMBERS]
+
+
+@cases(("name", "value"), ROWS + [(name, v) for name in OUT_OF_RANGE for v in OUT_OF_RANGE[name]])
+def test_a_field_of_another_type_or_out_of_range_is_named(tmp_path, name, value):
+    more = {"rope_scaling": None, "rope_parameters": ROPE, "max_position_embeddings": 2048}
+    damage(tmp_path / CONFIG, json.dumps(native := vars(ModelConfig()) | more))
+    if name in (*PUBLISHED, *NAMES, "max_trained_positions") and name not in native:
+        publish(tmp_path)
+    checkpoint.read_config(tmp_path)
+    change = {"rope_parameters": ROPE | {name: value}} if name in ROPE else {name: value}
+    damage(tmp_path / CONFIG, change)
+    with pytest.raises(InputError, match=r"config.json: \w+ is .*; it has to ") as error:
+        checkpoint.read_config(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("vocab_size", [64, 4096])
+def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(tmp_path, tokenizer, vocab_size):
+    tiny_model(tokenizer, vocab_size=vocab_size).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"tokens, vocab_size in .* is {vocab_size}: it should be"):
         NomicBert.from_pretrained(tmp_path)
 
 
-@cases("factor", [0.5, float("nan"), float("inf")])
+@cases("factor", [0.5, NAN, INF])
 def test_a_factor_of_dynamic_ntk_below_1_is_refused(directory, factor):
     with pytest.raises(InputError, match="rope_factor=.*: give a number from 1 to 1000"):
         NomicBert.from_pretrained(directory, rope_factor=factor)

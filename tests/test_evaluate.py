@@ -11,7 +11,8 @@ from tiny import cases, tiny_model
 
 import evaluate
 from common.options import InputError
-from evaluate import Options, Retrieval, fuse, mrr, ndcg, recall, summary, top_k
+from data.tasks import splits_of
+from evaluate import Retrieval, fuse, mrr, ndcg, recall, summary, top_k
 from model import NomicBert
 
 
@@ -50,9 +51,17 @@ def test_the_best_ranking_scores_1_at_every_k_and_what_comes_later_counts_nothin
 
 def test_the_standard_error_is_the_deviation_of_the_mean():
     assert summary([0, 1, 0, 1]) == {"mean": 0.5, "error": pytest.approx(math.sqrt(1 / 3) / 2)}
+    assert summary([3]) == summary([3, 3], unit=[7, 7]) == {"mean": 3, "error": None}
 
 
-@pytest.mark.parametrize("block", [(4096, 8192), (7, 13), (1, 99)])
+def test_values_of_one_unit_count_as_one_draw():
+    """Deviations sum to 1, -1, 0 in the three texts: sqrt(3 / 2 * (1 + 1 + 0)) / 6."""
+    hits, texts = [1, 1, 0, 0, 1, 0], [4, 4, 8, 8, 5, 5]
+    assert summary(hits, texts) == {"mean": 0.5, "error": pytest.approx(math.sqrt(3) / 6)}
+    assert summary(hits, range(6)) == summary(hits)
+
+
+@pytest.mark.parametrize("block", [1 << 26, 700, 1])
 @pytest.mark.parametrize("k", [1, 5, 999])
 def test_the_best_of_all_blocks_are_the_best_of_all(block, k):
     rng = np.random.default_rng(0)
@@ -72,17 +81,22 @@ QUERIES = [{"_id": "q1", "text": "Seven is a number"}, {"_id": "q2", "text": "do
 QRELS = ["query-id\tcorpus-id\tscore", "q1\td7\t2", "q1\td13\t0", "q2\td13\t1"]
 
 
+def json_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def write_text(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
 
 
-def write_task(folder, corpus=CORPUS, queries=QUERIES, qrels=QRELS, ending=""):
+def write_task(folder, corpus=CORPUS, queries=QUERIES, qrels=QRELS, ending="", prefixes=None):
     for name, rows in (("corpus", corpus), ("queries", queries)):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        write_text(folder / f"{name}.jsonl{ending}", lines)
+        write_text(folder / f"{name}.jsonl{ending}", json_lines(rows))
     write_text(folder / "qrels" / "test.tsv", "\n".join(qrels) + "\n")
+    if prefixes is not None:
+        write_text(folder / "meta.json", json.dumps({"prefixes": json.loads(prefixes)}))
     return folder
 
 
@@ -98,7 +112,8 @@ BAD_ROWS = [[], {"_id": "d7"}, {"text": "no id"}, {"_id": None, "text": "a"}]
 BAD_ROWS += [{"_id": "d99", "text": text} for text in (None, 3, ["a"])]
 BAD_ROWS += [{"_id": name, "text": "a"} for name in (1.5, True, ["a"])]
 BAD_ROWS += [{"_id": "d99", "title": ["a"], "text": "a"}]
-BAD_GRADES = ["1.5", "--5", "²", "high", "", "nan", "inf", "1e9"]
+BAD_GRADES = ["1.5", "--5", "²", "high", "", "nan", "inf", "1e9", "1000"]
+BAD_PREFIXES = ["3", "null", '["search_query: "]', '"q"', '{"query": 3}', '{"query": null}']
 
 
 @cases(
@@ -106,12 +121,14 @@ BAD_GRADES = ["1.5", "--5", "²", "high", "", "nan", "inf", "1e9"]
     [
         *[({"corpus": [*CORPUS, row]}, "corpus.jsonl, line 31: not ") for row in BAD_ROWS],
         ({"corpus": [*CORPUS, CORPUS[3]]}, "corpus.jsonl, line 31: the _id d3 is there twice"),
+        ({"corpus": []}, "corpus.jsonl is empty: a text is a line"),
         ({"corpus": [{"_id": n, "text": "a"} for n in ("1", 1)]}, "line 2: the _id 1 is there tw"),
         ({"queries": [*QUERIES, []]}, "queries.jsonl, line 3: not "),
         ({"qrels": ["q1 d7 1"]}, "test.tsv, line 1: not query-id, corpus-id and score, separated"),
         *[({"qrels": [f"q1\td7\t{g}"]}, f"line 1: the grade {g} is no whole") for g in BAD_GRADES],
         ({"qrels": [*QRELS, "q2\td99\t1"]}, "test.tsv, line 5: d99 is not in corpus.jsonl"),
         ({"qrels": [*QRELS, "q9\td3\t1"]}, "test.tsv, line 5: q9 is not in queries.jsonl"),
+        *[({"prefixes": prefixes}, "meta.json: prefixes are not {") for prefixes in BAD_PREFIXES],
         ({"qrels": QRELS[:1]}, "test.tsv judges no document relevant"),
     ],
 )
@@ -124,6 +141,7 @@ def test_a_bad_task_is_an_error_that_names_file_and_line(tmp_path, damage, messa
     "qrels",
     [
         ["q1\td7\t2.0", "q2\td13\t1e0", "q1\td13\t-1"],
+        ["q1\td7\t2.000e+00", "q2\td13\t+1."],
         ["", *QRELS, "", " "],
         ["\ufeffquery-id\tcorpus-id\tscore", *QRELS[1:]],
         [f"{line}\r" for line in QRELS],
@@ -134,6 +152,23 @@ def test_grades_in_any_notation_and_blank_lines_are_read(tmp_path, qrels):
     assert task.relevant == [{7: 2}, {13: 1}]
 
 
+def test_the_splits_are_the_tsv_files(tmp_path):
+    for name in ("test.tsv", "test.tsv.bak", "test.tsv~", "my.dev.tsv.gz", "._test.tsv", "a.txt"):
+        write_text(tmp_path / "qrels" / name, "")
+    assert splits_of(tmp_path) == ["my.dev", "test"]
+
+
+def test_a_query_that_is_a_document_under_the_same_id_is_left_out(tmp_path, data_tokenizer):
+    """As in ArguAna; not where its judgements name it. beir and mteb leave it out, too."""
+    queries = [CORPUS[13], CORPUS[5], {"_id": "q", "text": CORPUS[13]["text"]}]
+    qrels = ["d13\td7\t1", "d5\td5\t1", "q\td7\t1"]
+    task = Retrieval(write_task(tmp_path / "task", queries=queries, qrels=qrels), "test")
+    model = tiny_model(data_tokenizer)
+    for rankings in (task.rank(model, 99), task.rank_bm25(), task.rank(model, 99, k=3)):
+        assert 13 not in rankings[0] and 5 in rankings[1] and rankings[2, 0] == 13
+    assert sorted(task.rank(model, 99)[0]) == [-1, *(i for i in range(30) if i != 13)]
+
+
 def test_bm25_does_not_find_documents_without_a_word_of_the_query(tmp_path):
     queries = [QUERIES[0], {"_id": "q2", "text": "xylophone"}]
     task = Retrieval(write_task(tmp_path / "task", queries=queries), "test")
@@ -141,6 +176,8 @@ def test_bm25_does_not_find_documents_without_a_word_of_the_query(tmp_path):
     assert rankings[0, 0] == 7 and (rankings[1] == -1).all()
     assert task.scores(rankings)["recall@100"] == [1.0, 0.0]
     assert evaluate.bm25(["many words"])(["a", ""]).tolist() == [[-1], [-1]]
+    for documents in (["the of", "and"], ["! ?", "..."], ["x", "y z"], ["", " "], ["a_b", "_"]):
+        assert evaluate.bm25(documents, True)(["the words"]).tolist() == [[-1, -1]]
 
 
 def test_a_sampled_pool_keeps_every_relevant_document(tmp_path):
@@ -157,17 +194,21 @@ def test_fusion_adds_up_reciprocal_ranks():
     assert fused.tolist() == [[5, 3, 7, 9, -1]]
 
 
-def test_a_folder_is_scored_beside_bm25(directory, tmp_path, capsys):
-    options = Options(model=str(directory), out=str(tmp_path))
-    task = Retrieval(write_task(tmp_path / "task"), "test")
-    assert task.rank_bm25(split_identifiers=True)[:, 0].tolist() == [7, 13]
-    evaluate.retrieval(options, tmp_path / "task")
-    lines = capsys.readouterr().out.splitlines()
-    assert "recall@100" in lines[1] and lines[2].startswith("BM25") and len(lines) == 4
-    bm25, model = (line[20:].split() for line in lines[2:])
-    assert float(bm25[0]) > 0.9, "the queries' words are the documents'"
-    assert float(model[6]) == 1.0, "recall@100 among 30 documents"
-    assert len(json.loads((tmp_path / "results.json").read_text())) == 2
+def test_a_folder_is_scored_beside_bm25_and_other_settings_are_other_results(
+    directory, tmp_path, capsys
+):
+    write_task(tmp_path / "task")
+    command = ["retrieval", str(tmp_path / "task"), f"--model={directory}", f"--out={tmp_path}"]
+    evaluate.main(command)
+    title, head, _, *rows = capsys.readouterr().out.strip().splitlines()
+    assert title == "task, test: 2 queries, 30 documents" and "recall@100" in head
+    bm25, model, both, minus = ([float(x) for x in re.findall(r"(\S+) ±", row)] for row in rows)
+    assert bm25[0] > 0.9, "the queries' words are the documents'"
+    assert model[3] == 1.0, "recall@100 among 30 documents"
+    np.testing.assert_allclose(minus, np.subtract(both, bm25), atol=2e-3)
+    for option in ("--dims=8", "--dims=16", "--max-tokens=5", "--rope-factor=3"):
+        evaluate.main([*command, option])
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 5
 
 
 # ------------------------------------------------------------------------------------------------
@@ -191,10 +232,9 @@ def test_each_type_of_mteb_task_has_the_prefix_of_the_paper(directory):
     others += ("STSBenchmark", "SummEvalSummarization.v2")
     for name, prefixes in (expected | dict.fromkeys(others, ("classification: ",) * 2)).items():
         task = mteb.get_task(name).metadata
-        found = (
-            model.get_prompt_name(task, kind) for kind in (PromptType.query, PromptType.document)
-        )
-        assert tuple(model.model_prompts[key] for key in found) == prefixes, name
+        kinds = (PromptType.query, PromptType.document)
+        keys = [model.get_prompt_name(task, kind) for kind in kinds]
+        assert tuple(model.model_prompts[key] for key in keys) == prefixes, name
 
 
 @pytest.mark.filterwarnings("ignore:Some prompts")
@@ -232,35 +272,50 @@ def test_mteb_scores_a_checkpoint_as_we_do(directory, tmp_path):
 @pytest.fixture
 def search(directory, tmp_path, capsys):
     """Searches CORPUS with the model alone. Returns what is printed on stdout and stderr."""
-    lines = "".join(json.dumps(row) + "\n" for row in CORPUS)
-    write_text(tmp_path / "search" / "corpus.jsonl", lines)
 
-    def search(model_only=True):
-        options = Options(model=str(directory), data=str(tmp_path), out=str(tmp_path))
-        options.model_only = model_only
-        evaluate.search(options, "document number 13")
+    def search(*arguments, corpus=CORPUS):
+        write_text(tmp_path / "search" / "corpus.jsonl", json_lines(corpus))
+        options = [f"--model={directory}", f"--data={tmp_path}", f"--out={tmp_path}"]
+        evaluate.main(["search", "document number 13", *options, *arguments])
         return capsys.readouterr()
 
     return search
 
 
 def test_search_shows_the_ten_best_by_cosine(search, directory):
-    shown = [line.split() for line in search().out.splitlines()[::2]]
-    scores = [float(score) for score, _ in shown]
+    head, *shown = [line.split() for line in search("--model-only").out.splitlines()]
+    ranks, scores, names = zip(*shown[::2], strict=True)
+    assert head == ["model", "cosine"] and ranks == tuple("1 2 3 4 5 6 7 8 9 10".split())
     model = NomicBert.from_pretrained(directory)
-    documents = model.encode([f"search_document: {row['text']}" for row in CORPUS])
-    (query,) = model.encode(["search_query: document number 13"])
-    cosines = {row["_id"]: x @ query for row, x in zip(CORPUS, documents, strict=True)}
-    assert len(scores) == 10 and scores == sorted(scores, reverse=True)
-    np.testing.assert_allclose(scores, sorted(cosines.values(), reverse=True)[:10], atol=2e-3)
-    np.testing.assert_allclose(scores, [cosines[name] for _, name in shown], atol=2e-3)
+    documents = [f"search_document: {row['title']} {row['text']}" for row in CORPUS]
+    cosines = model.encode(documents) @ model.encode(["search_query: document number 13"])[0]
+    best = np.argsort(-cosines)[:10]
+    np.testing.assert_allclose(np.array(scores, float), cosines[best], atol=2e-3)
+    np.testing.assert_allclose(cosines[[int(name[1:]) for name in names]], cosines[best], atol=2e-3)
 
 
-def test_search_takes_bm25_along_and_says_so(search):
-    shown, alone = search(model_only=False), search()
-    assert "the model and BM25 together; --model-only" in shown.err
-    assert "BM25" not in alone.err and shown.out != alone.out
-    assert "d13" in shown.out.splitlines()[0], "the only one with all words of the query"
+def test_search_says_where_the_model_and_bm25_rank_what_it_finds(search):
+    head, *shown = [line.split() for line in search().out.splitlines()]
+    assert head == ["model", "BM25", "cosine"]
+    ranks = [[int(rank) for rank in row[:2]] for row in shown[::2]]
+    assert shown[0][1] == "1" and shown[0][3] == "d13", "the only one with all words of the query"
+    fused = [sum(1 / (60 + rank) for rank in pair) for pair in ranks]
+    assert len(fused) == 10 and fused == sorted(fused, reverse=True)
+    alone = search(corpus=[{"_id": 1, "text": "the of"}, {"_id": "a", "text": "! ?"}]).out
+    assert [line.split()[:2] for line in alone.splitlines()[1::2]] == [["1", "-"], ["2", "-"]]
+
+
+def test_a_search_in_some_documents_draws_them_at_random(search):
+    first, again = search("--documents=4"), search("--documents=4")
+    assert "embedding 4 documents" in first.err and len(first.out.splitlines()) == 1 + 2 * 4
+    assert "embedding" not in again.err and first.out == again.out
+    assert "embedding 30 documents" in search().err
+
+
+@cases("rows", [[], [{"_id": "a"}], [{"text": "a"}], [{"_id": "a", "text": None}], [3]])
+def test_a_damaged_corpus_is_an_error_that_names_it(search, rows):
+    with pytest.raises(InputError, match=r"search.corpus.jsonl(, line 1| is empty)"):
+        search(corpus=rows)
 
 
 def test_embeddings_are_kept_until_the_checkpoint_changes_or_they_are_damaged(search, directory):
@@ -276,15 +331,23 @@ def test_embeddings_are_kept_until_the_checkpoint_changes_or_they_are_damaged(se
 @cases(
     ("words", "message"),
     [
-        (["search", " "], "the query is empty"),
-        (["search", "x"], "nothing was trained in"),
-        ([], "nothing was trained in .*: python mlm.py, make demo, or --model"),
-        (["long"], "there is no checkpoint directory .*/mlm"),
+        (["search", " ", "--data="], "the query is empty"),
+        (["search", "x", "--data="], "nothing was trained in"),
+        (["--data=DATA"], "nothing was trained in .*: run make demo, or give another --out"),
+        (["long", "--data="], "there is no checkpoint directory .*/mlm"),
         (["retrieval"], "retrieval: give search, long, plot, retrieval FOLDER, or nothing"),
         (["retrieval", "nowhere"], "has no qrels"),
         (["sing"], "sing: give search"),
+        (["plot"], "has nothing to draw: train first, or give another --out"),
+        *[(["--data=", option], f"^{option[:6]}.*: ladder does not use it; its options are --data")
+          for option in ("--model=x", "--dims=8", "--model-only", "--rope-factor=2")],
+        (["search", "x", "--split=dev"], "^--split: search does not use it"),
+        (["plot", "--dims=8"], "^--dims: plot does not use it; its options are --out"),
     ],
-)
-def test_a_command_without_what_it_needs_says_so(words, message, data, tmp_path):
+)  # fmt: skip
+def test_a_command_without_what_it_needs_or_with_what_it_does_not_use_says_so(
+    words, message, data, tmp_path
+):
     with pytest.raises(InputError, match=message):
-        evaluate.main([*words, f"--data={data}", f"--out={tmp_path}"])
+        words = [word.replace("DATA", str(data)) for word in words]
+        evaluate.main([*words, f"--out={tmp_path}"])

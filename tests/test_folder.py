@@ -1,7 +1,9 @@
 """A folder of notes: what a person would read aloud is kept, and files are held out whole."""
 
 import json
+import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from tiny import cases
 from common.files import fingerprint, load_tokenizer
 from common.options import InputError
 from data import folder, prepare
+from data.duplicates import words
 from data.markup import read_markup
 from data.store import PairBatches, Source, open_sources
 from data.tasks import read_task
@@ -68,26 +71,74 @@ MARKDOWN_SECTIONS = [
         ("# A\n\na\n\n# B\n\nb", ".md", "", [(("A",), "a"), (("B",), "b")]),
         ("# A\n\n## B\n\n### C\n\nc", ".md", "A", [(("B", "C"), "c")]),
         ("---\ntitle: T\n---\n# T\n\n## S\n\nx", ".md", "T", [(("S",), "x")]),
-        ("---\ntitle:\ntags: [a, b]\n---\n# T\n\nx", ".md", "T", [((), "x")]),
-        ("---\ntags: x\ntitle: A: B\n---\nx", ".md", "A: B", [((), "x")]),
-        ("+++\ntitle = 'T'\n+++\n\nx y", ".md", "T", [((), "x y")]),
-        ("---\n\none\n\n---\n\ntwo", ".md", "", [((), "one\n\ntwo")]),
-        ("1. one\n2. two\n\n   ```\n   f()\n   ```", ".md", "", [((), "- one\n- two\nf()")]),
-        ("- [ ] to do\n- [x] done", ".md", "", [((), "- to do\n- done")]),
-        ("> [!warning]\n> Beware", ".md", "", [((), "Beware")]),
-        ("![[image.png]][[page|alias]] and [[page]]", ".md", "", [((), "alias and page")]),
-        ("a<br>b &lt;c&gt; ~~d~~ `<!-- e -->`", ".md", "", [((), "a\nb <c> d <!-- e -->")]),
-        ("```\n" + "x\n" * 30 + "```", ".md", "", [((), "x\n" * 11 + "x")]),
+        ("---\n\na: b\n\n# T\n\n---\n\nc", ".md", "T", [((), "a: b"), ((), "c")]),
     ],
 )
-def test_markup_becomes_what_a_person_would_read_aloud(text, suffix, title, sections):
+def test_markup_becomes_a_title_and_sections(text, suffix, title, sections):
     assert read_markup(text, suffix) == (title, sections)
 
 
-@pytest.mark.parametrize("suffix", [".md", ".txt"])
-def test_fragments_are_no_crash(suffix):
-    for text in ("", "\n\n", "===\n===", "```", "---\n---\n", "| a |", "#", "> " * 2000):
-        read_markup(text, suffix)
+@cases(
+    "text, prose",
+    [
+        ("1. one\n2. two\n\n   ```\n   f()\n   ```", "- one\n- two\nf()"),
+        ("- [ ] to do\n- [x] done\n\n> [!tip]- Title\n> body", "- to do\n- done\n\nTitle\nbody"),
+        ('!!! note "Heat"\n    *a*\n\n    - b', "Heat\n\na\n\n- b"),
+        ("![[x.png]][[page|the *nice* one]], [[p]], [[1], [2]]", "the nice one, p, [[1], [2]]"),
+        ("a<br>b &lt;c&gt; ~~d~~ `<!-- e -->`", "a\nb <c> d <!-- e -->"),
+        ("<div>\na < b and c > d<p>e</div>", "a < b and c > d\ne"),
+        ("<style>\na {}\n\nb {}\n</style>\nx `<script>`<script>y</script>", "x <script>"),
+        ("heat.[^1] [^abc]\n\n[^1]: https://example.org", "heat. [^abc]"),
+        ("f () (https://example.org), `g ()`", "f (), g ()"),
+        ("x:\n$$ Q\n=\n# a\n$$\nb", "x:\n\n$$ Q\n=\n# a\n$$\n\nb"),
+        ("$a*b*c$, $5 or *$6*", "$a*b*c$, $5 or $6"),
+        ("```c\nvoid f () {" + "\n\n# x" * 30, "void f () {" + "\n\n# x" * 30),
+        ("    a poem" + "\n    a line" * 30, "a poem" + "\na line" * 30),
+        *((text, text) for text in ("\\begin{align}\na\n-\nb\n\\end{align}", "\\[\na\n=\n\\]")),
+    ],
+)
+def test_a_section_is_what_a_person_would_read_aloud(text, prose):
+    assert read_markup(text, ".md") == ("", [((), prose)])
+
+
+@cases(
+    "fields, title",
+    [
+        ("---\ndate created: 2024-13-45\ntitle: 007\n---", "007"),
+        ('--- \r\n"title": T # comment\r\n...\r', "T"),
+        ("---\n# comment\ndc.title: x\ntitle: 'It''s'\n---", "It's"),
+        ("---\ntitle: >-\n  Folded\n  below\n\ntags:\n- a\n---", "Folded below"),
+        *((f"---\na: b\ntitle: {nothing}\n---", "") for nothing in ("", "null", "~", "[a]")),
+        ("+++\ntitle = 'T'\n[params]\na = 1\n+++", "T"),
+        ("+++\n[params]\ntitle = 'x'\n+++", ""),
+    ],
+)
+def test_front_matter_is_a_mapping_in_yaml_or_toml(fields, title):
+    assert read_markup(f"{fields}\nx", ".md") == (title, [((), "x")])
+
+
+@cases("text", ["a: b: c", "a:\tb", "[a", "a: *b", "- a", "a", "a: " + "[" * 3000])
+def test_what_yaml_and_toml_refuse_is_text(text):
+    for rule in ("---", "+++"):
+        assert text[0] in str(read_markup(f"{rule}\n{text}\n{rule}\n\nx", ".md"))
+
+
+@cases(
+    "text",
+    ["*a **b " * 400, "> " * 400 + "a", "![" * 400 + "a" + "](x)" * 400, "```", "---", "+++"],
+)
+def test_odd_fragments_are_read(text):
+    assert "a" not in text or "a" in read_markup(text, ".md")[1][0][1]
+    assert read_markup(text, ".txt") == ("", [((), text.strip())])
+
+
+@cases(
+    "text, count",
+    [("हिन्दी में", 2), ("தமிழ் மொழி", 2), ("שָׁלוֹם", 1), ("مُحَمَّد", 1), ("မြန်မာ", 3), ("中文", 2)]
+    + [("cafe\u0301s don't", 3), ("a_b c1 \u2764\ufe0f", 2)],
+)
+def test_vowel_signs_and_accents_are_part_of_a_word(text, count):
+    assert len(words(text)) == count
 
 
 # ------------------------------------------------------------------------------------------------
@@ -148,8 +199,9 @@ def test_preparing_again_does_nothing_and_changed_notes_need_another_folder(note
     prepare_folder(notes / "notes", notes / "out", "--show=5")
     printed = capsys.readouterr().out
     assert "nothing to do" in printed and printed.count("\n---") == 5
+    prepare_folder(f"{notes}/../{notes.name}/notes//", notes / "out")
     (notes / "notes" / "note-3.md").write_text("# Changed\n\n" + "other words " * 20)
-    with pytest.raises(InputError, match="out was made from other inputs .changed.: remove it"):
+    with pytest.raises(InputError, match="out was made from other inputs .texts.: remove it"):
         prepare_folder(notes / "notes", notes / "out")
 
 
@@ -198,6 +250,8 @@ def test_one_batch_in_five_is_of_ones_own_pairs_however_few_they_are(paragraphs,
 SCRIPTS = {
     "Chinese": ("", "韭葱喜欢深厚的土壤和充足阳光水分种子春天播下夏天收获冬季寒冷根茎叶"),
     "Russian": (" ", "лук любит глубокую почву много солнца и воды семена сеют весной".split()),
+    "Hindi": (" ", "मिट्टी पानी बीज वर्षा सूर्य छाया पत्ती हिन्दी में लिखा हुआ पाठ गहरी क्यारी".split()),
+    "pointed Hebrew": (" ", "אֲדָמָה מַיִם זֶרַע גֶּשֶׁם שֶׁמֶשׁ צֵל עָלֶה שֹׁרֶשׁ פֶּרַח עֵץ גַּן חֹרֶף".split()),
 }
 
 
@@ -237,11 +291,14 @@ def test_what_is_added_is_there_token_for_token_without_what_is_held_out(notes, 
     assert meta["contamination"]["sources"]["stage2/heading-section-added"]
 
 
-def test_which_files_are_read(tmp_path):
+def test_which_files_are_read(tmp_path, capsys):
     write_notes(tmp_path / "notes", files=5)
     files = {
         "copy.md": (tmp_path / "notes/note-0.md").read_text(),
-        ".git/x.md": "# Never\n\n" + "never read " * 20,
+        ".git/x.md": "never read",
+        "node_modules/x.md": "never read",
+        "node_modules explained.md": "# N\n\n" + "a folder of packages " * 10,
+        "_building/a kiln.md": "# K\n\n" + "of bricks and clay " * 10,
         "below/plain.TXT": "\ufeffOn leeks\r\n\r\n" + "they grow in any bed " * 10,
         "chinese.md": "# 韭葱\n\n韭葱喜欢深厚的土壤和充足的阳光",
         "blank.md": "\n",
@@ -251,30 +308,54 @@ def test_which_files_are_read(tmp_path):
         (tmp_path / "notes" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "notes" / name).write_text(text, encoding="utf-8")
     meta = prepare_folder(tmp_path / "notes", tmp_path / "out")
-    assert meta["files"] == {"read": 7, "copy of another file": 1, "no text": 1}
+    left_out = {"in a hidden or built folder": 2, "copy of another file": 1}
+    left_out["fewer than ten words"] = 1
+    assert meta["files"] == {"read": 9, **left_out}
+    printed = capsys.readouterr().out
+    assert all(f"{count} {reason}" in printed for reason, count in left_out.items())
     assert '"On leeks\\n\\nthey grow' in (tmp_path / "out/search/corpus.jsonl").read_text("utf-8")
 
 
-@pytest.mark.parametrize(
-    "files, reason",
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_any_name_is_an_id_and_links_to_folders_are_counted(tmp_path):
+    write_notes(tmp_path / "notes", files=6)
+    for i, name in enumerate(
+        [b"a\tb.md", b"c\nd\r.md", b"caf\xe9.md", b"e\\f.md", b"g.md", b"h.md"]
+    ):
+        (tmp_path / f"notes/note-{i}.md").rename(tmp_path / "notes" / os.fsdecode(name))
+    (tmp_path / "notes/loop").symlink_to(tmp_path / "notes")
+    meta = prepare_folder(tmp_path / "notes", tmp_path / "out")
+    assert meta["files"] == {"read": 6, "link to a folder or to nothing": 1}
+    rows = map(json.loads, open(tmp_path / "out/search/corpus.jsonl", encoding="utf-8"))
+    names = {r"a\tb.md", r"c\nd\r.md", r"caf\udce9.md", r"e\\f.md", "g.md", "h.md"}
+    assert {row["_id"] for row in rows} == names
+    assert all(read_task(tmp_path / "out" / TASK, split)[2] for split in ("dev", "test"))
+
+
+LONG = "one of the words that are enough of them for a text to be a text "
+
+
+@cases(
+    "texts, reason",
     [
         (None, "is not a folder"),
-        ({}, "has no text"),
-        ({"a.md": b"# A\n\n" + b"word " * 30}, "3 are needed"),
-        (
-            {"a.md": b"# A\n\n" + b"word " * 30, "b.md": b"# B\n\ncaf\xe9"},
-            "b.md, line 3: not UTF-8",
-        ),
+        ([], "no file of .md"),
+        ([LONG * 2], "3 are needed"),
+        ([LONG * 2, b"# B\n\ncaf\xe9"], "1.md, line 3: not UTF-8"),
+        ([f"# T\n\n## {i}\n\n{LONG * 3}" for i in range(6)], "1 read, 5 copy of another file"),
+        ([f"# {i}\n\n## a\n\n{LONG}" for i in "abcdef"], "pairs too short"),
+        ([f"# J\n\n## A\n\n{LONG.replace(' ', ' ' + i)}" for i in "abcdef"], "with equal headings"),
     ],
 )
-def test_bad_folders_are_one_line_and_leave_nothing(tmp_path, files, reason):
-    if files is not None:
+def test_bad_folders_are_one_line_that_says_why_and_leave_nothing(tmp_path, texts, reason):
+    if texts is not None:
         (tmp_path / "notes").mkdir()
-    for name, text in (files or {}).items():
-        (tmp_path / "notes" / name).write_bytes(text)
+    for i, text in enumerate(texts or []):
+        text = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / "notes" / f"{i}.md").write_bytes(text)
     with pytest.raises(InputError, match=reason):
         prepare_folder(tmp_path / "notes", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes"] * (files is not None)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"] * (texts is not None)
 
 
 def test_two_tokenizers_are_an_error(notes, tmp_path):

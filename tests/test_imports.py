@@ -1,13 +1,17 @@
-"""Imports point one way, and what is imported is no more than what is needed."""
+"""Imports point one way, and what is imported is no more than what is needed.
+
+python tests/test_imports.py prints how many files and lines of the project each stage loads."""
 
 import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+LOADED = {"mlm": 2000, "contrastive": 2500, "finetune": 2850}  # lines, at most
 FOLDERS = ("common", "data", "bench", "lab")
 ORDER = ("common", "data", "rope", "model", "mlm", "evaluate", "data.filter")
 ORDER += ("contrastive", "finetune", "bench", "lab")
@@ -55,6 +59,22 @@ def test_there_are_no_circles():
     assert order.index("common.options") < order.index("model") < order.index("finetune")
 
 
+def loaded_by(stage):
+    """The project's files that `import stage` loads, and how many lines they have."""
+    code = f"import sys, {stage}; print(*(m.__file__ for m in sys.modules.values() if "
+    code += "getattr(m, '__file__', None)), sep='\\n')"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    files = set(FILES.values()) & {Path(line) for line in result.stdout.splitlines()}
+    return files, sum(len(path.read_text().splitlines()) for path in files)
+
+
+@pytest.mark.parametrize("stage", LOADED)
+def test_what_a_reader_of_a_stage_has_to_load_does_not_grow(stage):
+    files, lines = loaded_by(stage)
+    assert ROOT / f"{stage}.py" in files and 1000 < lines <= LOADED[stage]
+
+
 def test_importing_the_model_imports_nothing_of_a_run_and_no_large_library():
     unwanted = ("datasets", "matplotlib", "mteb", "bm25s", "transformers", "common.run")
     code = f"import sys, model; print(sorted(set({unwanted}) & set(sys.modules)))"
@@ -74,3 +94,9 @@ def test_no_file_executes_what_it_reads():
     for name, call in calls:
         assert "trust_remote_code=True" not in call and "allow_pickle=True" not in call, name
         assert not call.startswith("pickle.load") or name == "data.pairs", "a file of its own"
+
+
+if __name__ == "__main__":
+    for stage in LOADED:
+        files, lines = loaded_by(stage)
+        print(f"import {stage}: {len(files)} files, {lines:,} lines")

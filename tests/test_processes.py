@@ -4,6 +4,7 @@ Everything runs in float64, where rounding is 1e-16 and an error of substance st
 processes are real and talk through gloo. They are forked, so that they need not import anything."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,12 +16,14 @@ import pytest
 import torch
 from conftest import ROOT
 from test_runs import log_lines, wait_for
-from tiny import SMALL, read_log, train
+from tiny import SMALL, cases, read_log, train
 from torch import multiprocessing
 
 import contrastive
 import finetune
 import mlm
+from common import distributed
+from common.files import write_json
 from common.options import InputError
 
 STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
@@ -73,10 +76,14 @@ def train_in_group(rank, world, data, folder):
     train_all(world, data, folder)
     for stage in STAGES:  # begun by one process
         train64(stage, data, folder / f"{stage}-continued-by-{world}")
-    messages = [
-        message_of(data, folder / "never", f"--init={folder}/other-{rank}"),
-        message_of(data, folder / f"mlm-1-whole-{rank}"),
-    ]
+    never, number = folder / "never", rank + 1
+    messages = [message_of(data, never, f"--lr={number}")]
+    messages.append(message_of(data, never, f"--log-every={number}"))
+    messages.append(message_of(folder / f"data-{rank}", never))
+    messages.append(message_of(data, never, f"--init={folder}/other-{rank}"))
+    messages.append(message_of(data, folder / f"mlm-1-whole-{rank}"))
+    torch.manual_seed = lambda seed: torch.seed()
+    messages.append(message_of(data, never))
     (folder / f"messages-{world}-{rank}").write_text("\n".join(messages))
 
 
@@ -94,6 +101,7 @@ def folder(data, tmp_path_factory):
         for other in range(4):
             options = (f"--seed={other}", "--steps=1")
             train(contrastive, data, folder / f"other-{other}", *options)
+            write_json(folder / f"data-{other}" / "meta.json", {"number": other})
         (folder / "mlm-1-whole-1").mkdir()
         (folder / "mlm-1-whole-1" / "letter.txt").write_text("mine")
         for world in (2, 4):
@@ -109,9 +117,9 @@ def check_equal(out, expected):
     assert len(losses[0]) == 20
     np.testing.assert_allclose(*losses, rtol=1e-6)
     states = (torch.load(run / "state.pt", weights_only=True)["model"] for run in (out, expected))
-    found, wanted = (torch.cat([w.flatten() for w in state.values()]) for state in states)
-    assert found.dtype == torch.float64
-    assert (found - wanted).abs().max() < 1e-6 * wanted.abs().max()
+    weights, others = (torch.cat([w.flatten() for w in state.values()]) for state in states)
+    assert weights.dtype == torch.float64
+    assert (weights - others).abs().max() < 1e-6 * others.abs().max()
 
 
 CASES = [(world, *run) for world in (1, 2, 4) for run in RUNS]
@@ -129,14 +137,30 @@ def test_more_processes_may_continue_a_run_that_one_began(world, stage, folder):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_all_processes_stop_with_the_message_of_the_one_that_failed(world, folder):
+def test_all_processes_stop_with_the_same_message_if_they_differ_or_one_fails(world, folder):
     for rank in range(world):
-        assert (folder / f"messages-{world}-{rank}").read_text().split("\n") == [
-            "the processes start from different weights: give all the same --init",
-            f"process 1: {folder}/mlm-1-whole-1 holds something other than a run of "
-            "contrastive.py: choose another --out",
-        ]
+        messages = (folder / f"messages-{world}-{rank}").read_text().split("\n")
+        for name, message in zip(("lr", "log-every", "data", "init"), messages, strict=False):
+            assert message.startswith(f"process 1 has another --{name} (")
+        assert re.match("process 1: .*/mlm-1-whole-1 holds something other than a run", messages[4])
+        assert messages[5].startswith("the processes have different weights") and len(messages) == 6
     assert not (folder / "never").exists(), "nothing is left behind"
+
+
+GROUP = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+GROUP |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29510"}
+WRONG = [(name, "") for name in GROUP] + [(name, "x") for name in GROUP if name != "MASTER_ADDR"]
+WRONG += [("RANK", "2"), ("RANK", "-1"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "1"), ("RANK", "0.5")]
+WRONG += [("MASTER_PORT", "99999")]
+
+
+@cases(("name", "value"), WRONG)
+def test_wrong_or_missing_variables_of_torchrun_are_one_line(name, value, monkeypatch):
+    for variable, text in (GROUP | {name: value}).items():
+        monkeypatch.setenv(variable, text)
+    with pytest.raises(InputError, match=name) as error:
+        distributed.start(8)
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 SHAPE = "--hidden-size=64 --num-attention-heads=2 --intermediate-size=64"
-SMALL = {  # script -> options that make it small; of two values of an option the last one counts
+SMALL = {  # script, or script and command -> options that make it small; the last value counts
     "data/pydocs.py": "--core=numpy,tqdm --vocab-size=2048",
     "data/folder.py": "--vocab-size=2048",
     "data/pairs.py": "--vocab-size=500",
@@ -21,11 +21,10 @@ SMALL = {  # script -> options that make it small; of two values of an option th
     "mlm.py": f"--steps=3 --batch-size=8 --eval-every=0 {SHAPE}",
     "contrastive.py": "--steps=3 --batch-size=8 --eval-every=0",
     "finetune.py": "--steps=3 --batch-size=8 --eval-every=0",
-    "bench/stages.py": "--steps=4 --batch-size=8 --micro-batch-tokens=2048",
-    "bench/train.py": "--preset=laptop --texts=8 --tries=8 --rounds=1",
-    "bench/encode.py": "--layers=1 --hidden-size=64 --texts=8 --rounds=1",
-    "bench/memory.py": "--batches=64",
+    "bench/speed.py": "--preset=laptop --texts=8 --tries=8 --rounds=1 --batches=64",
+    "bench/speed.py stages": f"--steps=4 --batch-size=8 --compile=false {SHAPE}",
     "bench/experiments.py": f"--rows=BM25 --seeds=0 --options='{SHAPE}'",
+    "bench/experiments.py curve": f"--rows='1500 pairs from' --options='{SHAPE} --steps=2'",
 }
 STAGES = ["mlm.py", "contrastive.py --init=out/mlm", "finetune.py --init=out/contrastive"]
 PREPARED = ["python data/pydocs.py", *(f"python {stage}" for stage in STAGES)]
@@ -63,13 +62,14 @@ def checkout(tmp_path_factory):
 
 
 def run(command, folder):
-    script = re.search(r"[\w/]+\.py", command)[0]
+    script, word = re.search(r"([\w/]+\.py) ?([a-z]*)", command).groups()
+    small = SMALL.get(f"{script} {word}", SMALL.get(script, ""))
     port = 29610 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     launch = f"python -m torch.distributed.run --master-port={port}"
     command = re.sub("^torchrun", launch, command)
     command = re.sub("^python", sys.executable, command)
     result = subprocess.run(
-        f"{command} {SMALL.get(script, '')}",
+        f"{command} {small}",
         shell=True,
         cwd=folder,
         stdin=subprocess.DEVNULL,

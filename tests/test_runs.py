@@ -1,6 +1,7 @@
 """Whole runs of the three stages, small: they end with the same bits however they were interrupted,
 and never touch what they did not write."""
 
+import fcntl
 import multiprocessing
 import os
 import random
@@ -8,16 +9,19 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from tiny import SMALL, cases, read_log, train
+from tiny import SMALL, cases, read_log, tiny_model, train
 
 import common.run
 import contrastive
@@ -27,7 +31,7 @@ import mlm
 from common.device import training_flops
 from common.files import read_json, write_json
 from common.options import InputError
-from common.run import Run
+from common.run import Run, adamw, learning_rate, set_lr
 from model import NomicBert
 
 STAGES = (mlm, contrastive, finetune)
@@ -44,7 +48,7 @@ def finished(data, tmp_path_factory):
 
 def contents(folder):
     """path -> bytes and time of each file of a folder."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
@@ -55,22 +59,17 @@ def test_one_seed_gives_equal_bits_whatever_the_intervals(stage, data, tmp_path,
     assert train(stage, data, tmp_path / "b", "--seed=1")[1] != finished[stage][1]
 
 
-CUT = '{"step": 6, "lo'
-
-
 @each_stage
-@pytest.mark.parametrize(
-    ("save_every", "stop_after", "cut_line"), [(3, 3, ""), (2, 5, CUT), (100, 2, "")]
-)
+@pytest.mark.parametrize(("save_every", "stop_after"), [(3, 3), (2, 5), (100, 2)])
 def test_a_continued_run_equals_one_that_never_stopped(
-    stage, save_every, stop_after, cut_line, data, tmp_path, finished
+    stage, save_every, stop_after, data, tmp_path, finished
 ):
-    """Stopped right after a checkpoint; one step later, so that a step is done again, with a line
-    of the log cut off; before there was any but the first checkpoint."""
+    """Stopped right after a checkpoint; one step later, so that a step is done again; before there
+    was any but the first checkpoint. Each time with a line of the log cut off."""
     option = f"--save-every={save_every}"
     train(stage, data, tmp_path, option, stop_after=stop_after)
     with open(tmp_path / "log.jsonl", "a") as log:
-        log.write(cut_line)
+        log.write('{"step": 6, "lo')
     assert train(stage, data, tmp_path, option, "--resume") == finished[stage]
 
 
@@ -177,7 +176,8 @@ def test_a_run_that_is_asked_to_stop_saves_first_and_says_so(data, tmp_path):
     options = ["--steps=160", "--save-every=1000"]
     expected, out = train(mlm, data, tmp_path / "undisturbed", *options), tmp_path / "stopped"
     command = [sys.executable, ROOT / "mlm.py", *SMALL, *options, f"--data={data}", f"--out={out}"]
-    for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process, before = subprocess.Popen(command, text=True, **pipes), log_lines(out)
         wait_for(lambda before=before: log_lines(out) >= before + 3, process)
@@ -221,14 +221,10 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(data, tmp_path,
 # OUT
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--lr=1", "another --lr .0.002, not 1.0"),
-        ("--data=OTHER", "another --data"),
-        ("--init=MLM", "another --init"),
-    ],
-)
+OTHERS = [("--lr=1", "lr .0.002, not 1.0"), ("--data=OTHER", "data"), ("--init=MLM", "init")]
+
+
+@pytest.mark.parametrize(("option", "message"), OTHERS)
 def test_a_run_with_other_settings_is_refused_and_changes_nothing(
     option, message, data, tmp_path, finished
 ):
@@ -236,7 +232,7 @@ def test_a_run_with_other_settings_is_refused_and_changes_nothing(
     write_json(other / "meta.json", read_json(data / "meta.json") | {"changed": True})
     option = option.replace("OTHER", str(other)).replace("MLM", f"{finished['folder']}/mlm")
     before = contents(out)
-    with pytest.raises(InputError, match=f"holds a run with {message}"):
+    with pytest.raises(InputError, match=f"holds a run with another --{message}"):
         train(contrastive, data, out, option)
     assert contents(out) == before
 
@@ -256,19 +252,81 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(data, tmp_path,
 def test_a_second_run_is_refused_while_the_first_one_is_running(
     data, tmp_path, finished, monkeypatch
 ):
-    save, refused = Run.save, []
+    def start_another():
+        with pytest.raises(InputError, match="another run is writing there"):
+            train(mlm, data, tmp_path)
 
-    def save_and_start_another(run, step):
+    called = call_at_step_three(start_another, monkeypatch)
+    assert train(mlm, data, tmp_path) == finished[mlm] and called == [2]
+
+
+def call_at_step_three(function, monkeypatch):
+    """Calls it in the run that comes. Returns a list that says whether it was called."""
+    save, called = Run.save, []
+
+    def save_and_call(run, step):
         save(run, step)
         if step == 2:
-            with pytest.raises(InputError, match="another run is writing there"):
-                train(mlm, data, tmp_path)
-            refused.append(step)
+            function()
+            called.append(step)
 
-    monkeypatch.setattr(Run, "save", save_and_start_another)
-    assert train(mlm, data, tmp_path) == finished[mlm] and refused == [2]
+    monkeypatch.setattr(Run, "save", save_and_call)
+    return called
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_whose_folder_was_removed_says_so(replaced, data, tmp_path, finished, monkeypatch):
+    out, other = tmp_path / "run", finished["folder"] / "mlm"
+    replace = (lambda: shutil.copytree(other, out)) if replaced else (lambda: None)
+    call_at_step_three(lambda: (shutil.rmtree(out), replace()), monkeypatch)
+    with pytest.raises(InputError, match="run was removed or replaced while this run was writing"):
+        train(mlm, data, out)
+    bytes_of = [[content for content, _ in contents(folder).values()] for folder in (out, other)]
+    assert bytes_of[0] == (bytes_of[1] if replaced else [])
+
+
+def test_a_continued_run_does_not_keep_state_pt_open(interrupted, data, tmp_path, monkeypatch):
+    out, maps = shutil.copytree(interrupted, tmp_path / "run"), []
+    read_maps = Path("/proc/self/maps").read_text
+    monkeypatch.setattr(Run, "save", lambda run, step: maps.append(read_maps()))
+    train(mlm, data, out, "--save-every=3")
+    assert maps and not any(str(out / "state.pt") in text for text in maps)
+
+
+def test_a_file_system_without_locks_is_trained_on(data, tmp_path, finished, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: os.open(tmp_path / "none", os.O_RDONLY))
+    assert train(mlm, data, tmp_path / "run") == finished[mlm]
+
+
+def test_files_have_the_mode_that_the_umask_gives(finished):
+    os.umask(umask := os.umask(0))
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in contents(finished["folder"])}
+    assert modes == {0o666 & ~umask}
+
+
+def change(key, value):
+    """Replaces an entry of state.pt, by a value or by a function of the value before."""
+
+    def write(path):
+        state = torch.load(path, weights_only=True)
+        torch.save(state | {key: value(state[key]) if callable(value) else value}, path)
+
+    return write
+
+
+def append(line):
+    return lambda path: path.write_bytes(path.read_bytes() + line + b"\n")
+
+
+def shorten(tensors):
+    return {name: value[:-1] if value.dim() else value for name, value in tensors.items()}
+
+
+STATES = [("step", step) for step in ("3", 999, -1, None, 2.5, [3])]
+STATES += [("settings", [1]), ("settings", {}), ("model", {}), ("model", shorten)]
+STATES += [("optimizer", {}), ("optimizer", lambda o: o | {"param_groups": o["param_groups"][:1]})]
+STATES += [("optimizer", lambda o: o | {"state": {i: shorten(s) for i, s in o["state"].items()}})]
+LINES = (b"hello", b"[1]", b'{"step": "x"}', b'{"step": 9}\n{"step": 3}', b"{}", b"", b"\xff")
 DAMAGED = [
     ("state.pt", lambda p: p.write_bytes(p.read_bytes()[:1000]), "state.pt is damaged"),
     ("state.pt", lambda p: torch.save([1, 2], p), "state.pt is damaged"),
@@ -276,6 +334,8 @@ DAMAGED = [
     ("run.json", lambda p: p.write_text("{"), "run.json is not JSON"),
     ("run.json", lambda p: p.unlink(), "holds something other than a run of mlm.py"),
 ]
+DAMAGED += [("state.pt", change(*entry), "state.pt is damaged") for entry in STATES]
+DAMAGED += [("log.jsonl", append(line), "log.jsonl is damaged") for line in LINES]
 
 
 @pytest.fixture(scope="module")
@@ -291,9 +351,10 @@ def test_a_damaged_or_missing_file_of_a_run_is_an_error_that_names_it(
 ):
     out = shutil.copytree(interrupted, tmp_path / "run")
     damage(out / name)
+    before = contents(out)
     with pytest.raises(InputError, match=message) as error:
         train(mlm, data, out, "--save-every=3")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and contents(out) == before
 
 
 @pytest.mark.parametrize("text", [None, "damaged"])
@@ -374,3 +435,29 @@ def test_a_shape_that_contradicts_the_checkpoint_is_refused_by_name(data, tmp_pa
     message = "--hidden-size contradicts .*mlm, where it is 64: leave it out"
     with pytest.raises(InputError, match=message):
         train(contrastive, data, tmp_path, f"--init={finished['folder']}/mlm", "--hidden-size=128")
+
+
+# ------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+@pytest.mark.parametrize(("decay", "last"), [("linear", 1 / 940), ("sqrt", (60 / 1000) ** 0.5)])
+def test_the_learning_rate_rises_to_its_peak_and_falls(decay, last):
+    config = SimpleNamespace(lr=2.0, warmup=60, steps=1000, decay=decay)
+    rates = [learning_rate(step, config) / 2 for step in range(1000)]
+    assert (rates[0], rates[59], rates[-1]) == pytest.approx((1 / 60, 1, last))
+    assert all(np.diff(rates[:60]) > 0) and all(np.diff(rates[60:]) < 0)
+
+
+def test_word_embeddings_may_have_a_learning_rate_of_their_own():
+    """Adam's first step is the learning rate, whatever the gradient."""
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = adamw(model, 1.0, 0.0, (0.9, 0.999), 1e-30, words=0.5)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    assert set_lr(optimizer, 1e-2) == 1e-2
+    optimizer.step()
+    for name, p in model.named_parameters():
+        rate = 5e-3 if name == "embeddings.word_embeddings.weight" else 1e-2
+        assert (before[name] - p).sub(rate).abs().max() < 1e-6
