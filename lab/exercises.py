@@ -14,7 +14,7 @@ from lab.cutting import ROOT, real
 
 @dataclass(frozen=True, eq=False)
 class Exercise:
-    path: str  # FILE.function or FILE.Class.method; its tests are in tests/test_FILE.py
+    path: str  # FILE.function or FILE.Class.method
     tests: dict  # that judge it: name -> how many cases it has
     idea: str  # the first hint
     shapes: str  # the second one
@@ -33,6 +33,14 @@ class Exercise:
     @property
     def name(self):
         return self.function.lower().replace(".", "_")
+
+    @property
+    def test_ids(self):
+        """tests/FILE::NAME, as pytest takes them, of whichever file has the test."""
+        paths = (ROOT / "tests").glob("test_*.py")
+        files = {path.name: path.read_text(encoding="utf-8") for path in paths}
+        pairs = ((file, test) for test in self.tests for file in files)
+        return [f"tests/{file}::{test}" for file, test in pairs if f"\ndef {test}(" in files[file]]
 
 
 def stub(exercise):
@@ -148,7 +156,7 @@ EXERCISES = (
         helpers="without_copies in contrastive.py",
     ),
     Exercise(
-        "evaluate.ndcg",
+        "metrics.ndcg",
         {
             "test_one_relevant_document_at_each_rank": 1,
             "test_several_relevant_documents_of_different_grades": 1,

@@ -14,7 +14,8 @@ import finetune
 from common.device import best_device
 from common.options import InputError
 from data.store import Source
-from evaluate import Retrieval, scalings, shown, summary
+from evaluate import scalings
+from metrics import Retrieval, shown, summary
 from mlm import held_out_scores
 from model import SHAPE, NomicBert, NomicBertForMaskedLM
 

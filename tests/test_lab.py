@@ -66,7 +66,7 @@ def test_right_answers_pass_and_every_wrong_one_fails(exercise, monkeypatch):
     torch.set_num_threads(1)  # a test forks, and threads do not survive that
     module, real = importlib.import_module(exercise.file[:-3]), cutting.real(exercise)
     function = operator.attrgetter(exercise.function)(module)
-    tests = [f"{ROOT}/tests/test_{exercise.file}::{test}" for test in exercise.tests]
+    tests = [f"{ROOT}/{test}" for test in exercise.test_ids]
     another = (ROOT / "tests" / "right_answers.py").read_text()
     another = cutting.cut(another, exercise.function.split(".")[-1])
     wrong = [new.join(real.rsplit(old, 1)) for old, new in exercise.wrong]  # not in the docstring
