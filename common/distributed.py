@@ -43,9 +43,10 @@ def start(batch_size):
             store, _, _ = next(dist.rendezvous("env://"))
         except (ValueError, RuntimeError) as error:
             raise InputError(f"no meeting at MASTER_ADDR and MASTER_PORT: {error}") from None
-        # after a restart torchrun's store still has the addresses of the processes that died
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        members = {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": world}
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # after a restart it still has the addresses of the processes that died
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        members = {"store": store, "rank": rank, "world_size": world}
         if cuda:
             torch.cuda.set_device(device)
             dist.init_process_group("nccl", **members, device_id=device)

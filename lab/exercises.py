@@ -14,7 +14,7 @@ from lab.cutting import ROOT, real
 
 @dataclass(frozen=True, eq=False)
 class Exercise:
-    path: str  # FILE.function or FILE.Class.method
+    path: str  # FILE.function or FILE.Class.method; its tests are in tests/test_FILE.py
     tests: dict  # that judge it: name -> how many cases it has
     idea: str  # the first hint
     shapes: str  # the second one
@@ -33,14 +33,6 @@ class Exercise:
     @property
     def name(self):
         return self.function.lower().replace(".", "_")
-
-    @property
-    def test_ids(self):
-        """tests/FILE::NAME, as pytest takes them, of whichever file has the test."""
-        paths = (ROOT / "tests").glob("test_*.py")
-        files = {path.name: path.read_text(encoding="utf-8") for path in paths}
-        pairs = ((file, test) for test in self.tests for file in files)
-        return [f"tests/{file}::{test}" for file, test in pairs if f"\ndef {test}(" in files[file]]
 
 
 def stub(exercise):

@@ -73,7 +73,7 @@ def judge(exercise, function):
     """Runs the tests in a copy of the project with this function in it. Returns "right" if every
     one of them ran and passed, else what the student should read; and all that pytest printed."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "--junitxml=report.xml"]
-    command += exercise.test_ids
+    command += [f"tests/test_{exercise.file}::{test}" for test in exercise.tests]
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "timeout": SECONDS}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         copy_project(folder, {exercise: function})

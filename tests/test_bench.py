@@ -19,7 +19,7 @@ from common.files import write_json
 from common.options import InputError, read_options
 from data.prepare import write_source
 from data.store import open_sources, pack
-from evaluate import shown
+from metrics import shown
 from model import Block, ModelConfig, NomicBert, NomicBertForMaskedLM, find_segments
 
 

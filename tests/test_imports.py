@@ -13,7 +13,7 @@ from conftest import ROOT
 
 LOADED = {"mlm": 2000, "contrastive": 2500, "finetune": 2850}  # lines, at most
 FOLDERS = ("common", "data", "bench", "lab")
-ORDER = ("common", "data", "rope", "model", "mlm", "evaluate", "data.filter")
+ORDER = ("common", "data", "rope", "model", "metrics", "mlm", "evaluate", "data.filter")
 ORDER += ("contrastive", "finetune", "bench", "lab")
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

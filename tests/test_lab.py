@@ -66,7 +66,7 @@ def test_right_answers_pass_and_every_wrong_one_fails(exercise, monkeypatch):
     torch.set_num_threads(1)  # a test forks, and threads do not survive that
     module, real = importlib.import_module(exercise.file[:-3]), cutting.real(exercise)
     function = operator.attrgetter(exercise.function)(module)
-    tests = [f"{ROOT}/{test}" for test in exercise.test_ids]
+    tests = [f"{ROOT}/tests/test_{exercise.file}::{test}" for test in exercise.tests]
     another = (ROOT / "tests" / "right_answers.py").read_text()
     another = cutting.cut(another, exercise.function.split(".")[-1])
     wrong = [new.join(real.rsplit(old, 1)) for old, new in exercise.wrong]  # not in the docstring
@@ -98,7 +98,7 @@ def test_only_the_function_that_passed_last_is_done(work):
     assert re.fullmatch(
         r" +assert 0\.79\d* == 0\.63\d* ± .*Obtained: 0\.79\d* Expected: 0\.63.*", reason
     )
-    assert "FAILED tests/test_evaluate.py" in work("check", "ndcg", "--verbose")
+    assert "FAILED tests/test_metrics.py" in work("check", "ndcg", "--verbose")
     assert work.row("ndcg")["result"] in shown and work.row("ndcg")["state"] == "tried"
     work.write("ndcg", right)
     assert work.row("ndcg")["state"] == "tried", "until it is checked again"

@@ -73,8 +73,8 @@ def check_equal(out, expected):
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_nodes_have_the_losses_of_one_process(stage, nodes, data, tmp_path):
     train(STAGES[stage], data, tmp_path / "alone", "--precision=float32")
-    given = ["--precision=float32", f"--data={data}", f"--out={tmp_path}/two"]
-    agents = [start_agent(nodes, number, 29_501, stage, *given) for number in range(2)]
+    arguments = ["--precision=float32", f"--data={data}", f"--out={tmp_path}/two"]
+    agents = [start_agent(nodes, number, 29_501, stage, *arguments) for number in range(2)]
     for agent in agents:
         _, errors = agent.communicate(timeout=120)
         assert agent.returncode == 0, errors[-2000:]
@@ -84,17 +84,17 @@ def test_two_nodes_have_the_losses_of_one_process(stage, nodes, data, tmp_path):
 def test_a_node_that_was_lost_joins_again_and_ends_in_the_losses_of_one_process(
     nodes, data, tmp_path
 ):
-    given = ["--precision=float32", "--steps=80", "--save-every=10"]
-    train(contrastive, data, tmp_path / "alone", *given)
-    given += [f"--data={data}", f"--out={tmp_path}/two"]
-    agents = [start_agent(nodes, number, 29_502, "contrastive", *given) for number in range(2)]
+    arguments = ["--precision=float32", "--steps=80", "--save-every=10"]
+    train(contrastive, data, tmp_path / "alone", *arguments)
+    arguments += [f"--data={data}", f"--out={tmp_path}/two"]
+    agents = [start_agent(nodes, number, 29_502, "contrastive", *arguments) for number in range(2)]
     log, end = tmp_path / "two" / "log.jsonl", time.time() + 60
     while time.time() < end and (not log.is_file() or log.read_bytes().count(b"\n") < 15):
         time.sleep(0.05)
     for process in ip("netns", "pids", nodes[1]).stdout.split():
         os.kill(int(process), signal.SIGKILL)
     assert agents[1].wait() == -signal.SIGKILL, "it was not at its end"
-    agents[1] = start_agent(nodes, 1, 29_502, "contrastive", *given)
+    agents[1] = start_agent(nodes, 1, 29_502, "contrastive", *arguments)
     for agent in agents:
         _, errors = agent.communicate(timeout=120)
         assert agent.returncode == 0, errors[-2000:]

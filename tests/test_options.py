@@ -121,9 +121,9 @@ def test_a_bad_option_is_one_line_that_says_what_to_give(
     script, option, message, data, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    given = [str(tmp_path)] if script is folder else [f"--data={data}"]
+    arguments = [str(tmp_path)] if script is folder else [f"--data={data}"]
     with pytest.raises(InputError) as error:
-        script.main([*given, option])
+        script.main([*arguments, option])
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 

@@ -421,14 +421,14 @@ def test_a_ladder_and_its_pictures_have_every_row_that_was_trained(
 
 
 def test_long_texts_are_scored_for_a_checkpoint_with_a_head(data, tmp_path, finished, capsys):
-    given = [f"--data={data}", f"--out={tmp_path}", "--max-tokens=256"]
+    options = [f"--data={data}", f"--out={tmp_path}", "--max-tokens=256"]
     capsys.readouterr()
-    evaluate.main(["long", f"--model={finished['folder']}/mlm", *given])
+    evaluate.main(["long", f"--model={finished['folder']}/mlm", *options])
     *_, last = capsys.readouterr().out.splitlines()
     assert re.match(r"Dynamic NTK +256 .*\d ±", last)
     assert not (tmp_path / "results.json").exists(), "that has the lengths of OUT's own model"
     with pytest.raises(InputError, match="--max-tokens=100: give 128, as trained, or more"):
-        evaluate.main(["long", f"--model={finished['folder']}/mlm", *given, "--max-tokens=100"])
+        evaluate.main(["long", f"--model={finished['folder']}/mlm", *options, "--max-tokens=100"])
 
 
 def test_a_shape_that_contradicts_the_checkpoint_is_refused_by_name(data, tmp_path, finished):
