@@ -8,7 +8,6 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from bench.curve import draw_pairs
 
 import contrastive
 import finetune
