@@ -1,13 +1,13 @@
 """Functions, cut out of the project's files and put back into a copy of them."""
 
 import ast
+import re
 import shutil
 import textwrap
 from pathlib import Path
 
-from common.options import InputError
-
 ROOT = Path(__file__).resolve().parents[1]
+LARGEST = 20_000  # bytes of a student's file
 
 
 def find(text, name):
@@ -15,12 +15,12 @@ def find(text, name):
     ValueError where there is none."""
     node = ast.parse(text)
     for part in name.split("."):
-        found = [n for n in node.body if getattr(n, "name", None) == part]
-        if not found:
+        nodes = [n for n in node.body if getattr(n, "name", None) == part]
+        if not nodes:
             raise ValueError(f"there is no function {part}")
-        node = found[-1]  # of two with one name Python takes the last
+        node = nodes[-1]  # of two with one name Python takes the last
     first = min(n.lineno for n in (node, *node.decorator_list)) - 1
-    lines = text.splitlines(keepends=True)
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)  # as Python counts them; splitlines splits more
     return lines[:first], lines[first : node.end_lineno], lines[node.end_lineno :]
 
 
@@ -38,36 +38,29 @@ def splice(text, name, function):
 
 def real(exercise):
     """The text of the project's own function: the solution."""
-    return cut((ROOT / exercise.file).read_text(), exercise.function)
-
-
-def stub(exercise):
-    """What a student begins with: the signature, the docstring, and nothing behind it."""
-    node = ast.parse(real(exercise)).body[0]
-    kept = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
-    head = "".join(real(exercise).splitlines(keepends=True)[:kept])
-    about = f"# From {exercise.file}, whose names and imports you can use. Helpers go inside.\n"
-    about += f"# python lab/lab.py check {exercise.name}\n\n"
-    return f"{about}{head}    raise NotImplementedError\n"
+    return cut((ROOT / exercise.file).read_text(encoding="utf-8"), exercise.function)
 
 
 def written(exercise, work):
-    """The student's function, or None where it is not begun. Raises InputError for a file that is
-    not Python, or without the function."""
+    """The student's function, "" if there is none yet; and what then is the matter: not begun, or
+    why the file cannot be read."""
     path = Path(work, f"{exercise.name}.py")
     if not path.is_file():
-        return None
+        return "", "not begun"
     try:
-        function = cut(path.read_text(encoding="utf-8"), exercise.function.split(".")[-1])
-    except (SyntaxError, ValueError) as error:  # ValueError: also bytes that are no text
-        raise InputError(f"{path}: {error}") from None
-    return None if "raise NotImplementedError" in function else function
+        if path.stat().st_size > 20_000:
+            raise ValueError("more than 20,000 bytes: leave only the function in it")
+        function = cut(path.read_text(encoding="utf-8-sig"), exercise.function.split(".")[-1])
+        node = ast.parse(function).body[0]
+    except (SyntaxError, ValueError, OSError, RecursionError, MemoryError) as error:
+        return "", f"{path}: {str(error) or 'too deeply nested'}"
+    statements = node.body[bool(ast.get_docstring(node)) :]
+    untouched = [type(statement) for statement in statements] == [ast.Raise]
+    return ("", "not begun") if untouched else (function, "")
 
 
 def copy_project(folder, functions):
-    """Copies the project into a folder, with other texts in place of some functions.
-
-    functions: exercise -> text."""
+    """Copies the project into a folder, with other texts of some functions: exercise -> text."""
     for name in ("common", "data", "tests"):
         skipped = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, Path(folder, name), ignore=skipped)
@@ -75,4 +68,5 @@ def copy_project(folder, functions):
         shutil.copy(path, folder)
     for exercise, function in functions.items():
         path = Path(folder, exercise.file)
-        path.write_text(splice(path.read_text(), exercise.function, function))
+        text = splice(path.read_text(encoding="utf-8"), exercise.function, function)
+        path.write_text(text, encoding="utf-8")

@@ -49,12 +49,15 @@ def test_copies_of_the_right_document_are_no_negatives():
     assert len(set(keys.tolist())) == 8
     assert info_nce(rows, rows, 0.02).item() / 64 == pytest.approx(math.log(8))
     assert info_nce(rows, rows, 0.02, keys=keys).item() / 64 < 1e-6
-    document = unit_rows(64, seed=3)
-    by_hand = 0.0
+    document, first = unit_rows(64, seed=3), 21
+    by_hand = {}  # of each query
     for i in range(64):
         others = [j for j in range(64) if j == i or j % 8 != i % 8]
-        by_hand -= F.log_softmax(rows[i] @ document[others].T / 0.02, 0)[others.index(i)].item()
-    assert info_nce(rows, document, 0.02, keys=keys).item() == pytest.approx(by_hand)
+        log_p = F.log_softmax(rows[i] @ document[others].T / 0.02, 0)
+        by_hand[i] = -log_p[others.index(i)].item()
+    assert info_nce(rows, document, 0.02, keys=keys).item() == pytest.approx(sum(by_hand.values()))
+    loss = info_nce(rows[first : first + 20], document, 0.02, first, keys).item()
+    assert loss == pytest.approx(sum(by_hand[i] for i in range(first, first + 20)))
 
 
 @pytest.mark.parametrize("logits_in_memory", [1, 1000, 10_000])
@@ -103,7 +106,27 @@ def test_grad_cache_has_the_gradient_of_the_whole_batch(micro_batch_tokens):
     model = tiny_model()
     cached = grad_cache(model, TEXTS, loss_of, micro_batch_tokens)
     assert cached.item() == pytest.approx(loss, abs=1e-5)
-    assert torch.allclose(gradients(model), expected, atol=1e-5)
+    torch.testing.assert_close(gradients(model), expected, rtol=0, atol=1e-5)
+
+
+def test_grad_cache_keeps_the_activations_of_one_micro_batch_at_a_time():
+    live, peak = 0, {}
+
+    class Kept:
+        def __init__(self, x):
+            nonlocal live
+            self.x, live = x, live + x.numel()
+            peak[tokens] = max(peak.get(tokens, 0), live)
+
+        def __del__(self):
+            nonlocal live
+            live -= self.x.numel()
+
+    for tokens in (50, 100_000):
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.x):
+            grad_cache(tiny_model(), TEXTS, loss_of, tokens)
+    assert sum(map(len, TEXTS)) > 300
+    assert peak[50] < 0.5 * peak[100_000], "numbers kept for backward"
 
 
 def test_in_bf16_both_passes_of_grad_cache_compute_the_same():

@@ -178,7 +178,10 @@ def test_every_negative_counts_in_the_loss():
 def test_matryoshka_adds_the_loss_of_the_first_dimensions_in_the_sizes_of_v1_5():
     sizes = [matryoshka_sizes(hidden_size) for hidden_size in (768, 256, 32)]
     assert sizes == [[64, 128, 256, 512, 768], [64, 128, 256], [32]]
-    query, document = (torch.from_numpy(unit_rows(4, seed=seed)) for seed in (1, 2))
+    query, document = (torch.from_numpy(unit_rows(n, seed=n)) for n in (4, 9))
     q, d = (x[:, :4] / x[:, :4].norm(dim=1, keepdim=True) for x in (query, document))
-    expected = info_nce(query, document, 0.1) + info_nce(q, d, 0.1)
-    torch.testing.assert_close(matryoshka_loss(query, document, 0.1, 0, [4, 8]), expected)
+    for first, keys in ((0, None), (3, None), (3, torch.arange(9) % 5)):
+        more = (0.1, first, keys)
+        expected = (info_nce(query, document, *more) + info_nce(q, d, *more)).item()
+        loss = matryoshka_loss(query, document, 0.1, first, [4, 8], keys).item()
+        assert loss == pytest.approx(expected), f"first={first}, keys={keys}"

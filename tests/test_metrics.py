@@ -30,6 +30,16 @@ def test_several_relevant_documents_of_different_grades():
     assert mrr([9, 6, 5], relevant) == 1 / 2
 
 
+@pytest.mark.parametrize("k", [1, 3, 10, 12])
+def test_the_best_ranking_scores_1_at_every_k_and_what_comes_later_counts_nothing(k):
+    """Of 12 relevant documents, grades 12 to 1; the one at rank k is missed, and less is scored."""
+    relevant = {i: 12 - i for i in range(12)}
+    assert ndcg(list(range(12)), relevant, k) == pytest.approx(1)
+    missed = [*range(k - 1), 99, *range(k - 1, 12)]
+    best = [(12 - i) / math.log2(2 + i) for i in range(k)]
+    assert ndcg(missed, relevant, k) == pytest.approx(1 - best[-1] / sum(best))
+
+
 def test_the_standard_error_is_the_deviation_of_the_mean():
     assert summary([0, 1, 0, 1]) == {"mean": 0.5, "error": pytest.approx(math.sqrt(1 / 3) / 2)}
     assert summary([3]) == summary([3, 3], unit=[7, 7]) == {"mean": 3, "error": None}

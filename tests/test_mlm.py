@@ -34,6 +34,8 @@ def test_30_percent_of_tokens_are_chosen_and_of_these_80_10_10():
     random = inputs[chosen][~hidden & ~same]
     assert len(random) / chosen.sum() == pytest.approx(0.10, abs=0.01)
     assert len(np.unique(random)) > 0.99 * VOCABULARY, "of the whole vocabulary"
+    moved = (inputs - tokens)[chosen][~hidden & ~same] % VOCABULARY
+    assert len(np.unique(moved)) > 0.99 * VOCABULARY, "whatever the token was"
 
 
 def test_special_tokens_are_never_chosen_and_only_chosen_tokens_change():
@@ -43,6 +45,7 @@ def test_special_tokens_are_never_chosen_and_only_chosen_tokens_change():
 
 
 def test_the_mask_of_a_text_depends_on_its_seed_and_not_on_its_batch(tokenizer):
+    assert np.array_equal(masked(seed=5)[1], masked(seed=5)[1])
     assert not np.array_equal(masked(seed=5)[1], masked(seed=6)[1])
     texts, masker = random_texts([30, 50, 40]), Masker(tokenizer)
     inputs, cu_seqlens, _, _ = masker(texts, 0.3, [[0], [1], [2]])

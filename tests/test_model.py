@@ -211,10 +211,15 @@ def test_an_embedding_is_the_mean_of_the_hidden_states_at_unit_length():
     assert mean_pool(hidden, cu_seqlens_of([2, 1])).tolist() == [[2.0, 0.0], [0.0, 5.0]]
     embeddings = tiny_model().embed(*pack(random_texts([5, 9])))
     assert torch.allclose(embeddings.norm(dim=-1), torch.ones(2))
-    long = torch.full((8192, 4), 1.1)  # a running sum in float32 would be off by 2e-4
-    assert torch.allclose(mean_pool(long, cu_seqlens_of([8192])), long[:1], rtol=1e-6)
-    half = mean_pool(long.bfloat16(), cu_seqlens_of([8192]))
-    assert half.dtype == torch.float32 and torch.equal(half, long[:1].bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_mean_of_a_long_text_is_precise(dtype):
+    """A running sum in bf16 would stop growing at 256, and one in float32 would be off by 2e-4."""
+    long = torch.full((8192, 4), 1.1, dtype=dtype)
+    mean = mean_pool(long, cu_seqlens_of([8192]))
+    assert mean.dtype == torch.promote_types(dtype, torch.float32)
+    assert mean[0].tolist() == pytest.approx(long[0].tolist(), rel=1e-6)
 
 
 def test_half_precision_stays_close_to_full():

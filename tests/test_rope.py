@@ -18,7 +18,8 @@ def angles_of(length, rope):
 def test_a_pair_is_turned_by_its_angle():
     theta = torch.tensor([[0.7]])
     turned = rotate(torch.tensor([[1.0, 0.0]]), theta.cos(), theta.sin())
-    torch.testing.assert_close(turned, torch.cat((theta.cos(), theta.sin()), 1))
+    assert turned.shape == (1, 2)
+    assert turned[0].tolist() == pytest.approx([math.cos(0.7), math.sin(0.7)])
 
 
 def test_a_pair_is_a_feature_of_each_half():
@@ -28,6 +29,20 @@ def test_a_pair_is_a_feature_of_each_half():
         turned = rotate(torch.eye(6)[[i]], theta.cos(), theta.sin())
         expected = torch.eye(6)[i] * theta[0, i].cos() + torch.eye(6)[i + 3] * theta[0, i].sin()
         torch.testing.assert_close(turned[0], expected)
+
+
+@pytest.mark.parametrize("between", [(), (4,), (3, 2)])
+def test_all_that_lies_between_n_and_d_turns_alike(between):
+    """As many heads as tokens, too, where angles without dimensions of size 1 would still fit."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, *between, 6, generator=generator)
+    theta = torch.rand(4, 3, generator=generator)
+    turned = rotate(x, theta.cos(), theta.sin())
+    assert turned.shape == x.shape
+    for i in range(4):
+        a, b = x[i].chunk(2, dim=-1)
+        cos, sin = theta[i].cos(), theta[i].sin()
+        torch.testing.assert_close(turned[i], torch.cat((a * cos - b * sin, b * cos + a * sin), -1))
 
 
 def test_the_score_of_query_and_key_depends_only_on_their_distance():
