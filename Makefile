@@ -1,20 +1,19 @@
-# From a fresh clone: `make demo` trains a model and searches with it, `make own TEXT=folder` does the same with a folder
-# of Markdown or plain text added to the built-in data (without stage 1, whose minutes cost more than they bring there:
-# docs/results.md), `make lab` prepares the lab (lab/README.md),
-# `make test` runs the tests. Each command may be repeated: finished data and training are not done again, and interrupted
-# training continues; scores and pictures are made anew. The README has the plain commands.
+# From a fresh clone: `make demo` trains a model and searches with it. `make own TEXT=folder` does the same with a folder
+# of Markdown or plain text added to the built-in data. `make lesson` shows in an afternoon what each stage of the paper
+# brings. `make lab` prepares the lab (lab/README.md); with OUT=folder-or-url it copies trained models instead of making
+# them. `make test` runs the tests. Each command may be repeated: finished data and training are not done again, and
+# interrupted training continues; scores and pictures are made anew. The README has the plain commands.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo own lab test
+.PHONY: demo own lesson lab test
 
 demo: .venv/installed
 	$(BIN)/python data/pydocs.py
 	$(BIN)/python mlm.py
-	$(BIN)/python contrastive.py --num-hidden-layers=0 --lr=3e-3 --out=out/words
-	$(BIN)/python contrastive.py --init=out/mlm
-	$(BIN)/python finetune.py --init=out/contrastive
+	$(BIN)/python contrastive.py
+	$(BIN)/python finetune.py --init=out/contrastive --negatives=0
 	$(BIN)/python evaluate.py
 	$(BIN)/python evaluate.py long
 	$(BIN)/python evaluate.py plot
@@ -25,13 +24,17 @@ own: .venv/installed
 	$(BIN)/python data/pydocs.py
 	$(BIN)/python data/folder.py "$(TEXT)" --add=out/pydocs --out=out/own/data --show=5
 	$(BIN)/python contrastive.py --data=out/own/data --out=out/own/contrastive
-	$(BIN)/python finetune.py --data=out/own/data --init=out/own/contrastive --out=out/own/finetune
+	$(BIN)/python finetune.py --data=out/own/data --init=out/own/contrastive --out=out/own/finetune --negatives=0
 	$(BIN)/python evaluate.py --data=out/own/data --out=out/own
 	@echo 'now: $(BIN)/python evaluate.py search "your question" --data=out/own/data --out=out/own'
 
-lab: demo
+lesson: .venv/installed
+	$(BIN)/python data/pydocs.py
+	$(BIN)/python bench/experiments.py lesson --seeds=0,1,2
+
+lab: $(if $(OUT),.venv/installed,demo)
 	$(BIN)/python -m pip install --quiet $$(grep '^pytest==' requirements-dev.txt)
-	$(BIN)/python lab/lab.py start
+	$(BIN)/python lab/lab.py start $(if $(OUT),--prepared="$(OUT)")
 	$(BIN)/python lab/lab.py status
 
 test: .venv/installed-for-tests

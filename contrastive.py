@@ -140,7 +140,7 @@ def without_copies(logits, right, keys):
 
 
 def info_nce_in_blocks(query, document, temperature, first=0, keys=None, logits_in_memory=1 << 23):
-    """The same, with at most so many logits in memory: those of 65,536 pairs would take 16 GiB.
+    """info_nce with at most so many logits in memory: those of 65,536 pairs would take 16 GiB.
     The logits of a block of queries are discarded, and computed again for the gradient, which
     costs little beside the model (mlm.py avoids it, where logits are half the work)."""
     rows = max(1, logits_in_memory // len(document))

@@ -410,12 +410,13 @@ def test_a_ladder_and_its_pictures_have_every_row_that_was_trained(
     capsys.readouterr()
     evaluate.main(options)
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"summary-code, test: \d+ queries, [\d,]+ documents", lines[1])
-    rows = [line[:28].strip() for line in lines[4:]]
-    assert rows[:9] == [
-        "BM25", "BM25, identifiers split", "word vectors alone", "random weights", "after stage 1",
-        "after stage 2", "after stage 3", "the last stage with BM25", ""
+    assert re.fullmatch(r"summary-body, test: \d+ queries, [\d,]+ documents", lines[0])
+    assert [line[:28].strip() for line in lines[2:12]] == [
+        "BM25", "BM25, identifiers split", "random weights", "word vectors alone", "after stage 1",
+        "after stage 2", "after stage 3", "after stage 3 + BM25", "minus BM25 split, paired", ""
     ]  # fmt: skip
+    assert lines[12].startswith("summary-code, test: ")
+    assert re.match(r"after stage 1: [\d,]+ masked tokens of test text, 0\.\d+ ±", lines[-1])
     evaluate.main(["plot", f"--out={out}"])
     assert {path.name for path in out.glob("*.png")} == {"curves.png", "ladder.png"}
 
