@@ -64,7 +64,7 @@ class Run:
         # a continued run has to read the same data, and to have begun with the same weights
         data, init = Path(self.config.data), self.settings.get("init")
         if not (data / "meta.json").is_file():
-            raise InputError(f"{data} is no data folder: python data/pydocs.py --out={data}")
+            raise InputError(f"{data} is not a data folder: python data/pydocs.py --out={data}")
         self.settings["data"] = fingerprint(data / "meta.json")
         if init:
             files = weight_files(find_checkpoint(init))
