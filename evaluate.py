@@ -29,7 +29,8 @@ from common.device import best_device
 from common.files import fingerprint, read_json, write_json, write_whole
 from common.options import InputError, cli, read_options, split_words
 from data.prefixes import PREFIXES
-from data.store import Sequences, Source
+from data.sequences import Sequences
+from data.store import Source
 from data.tasks import read_rows, splits_of
 from metrics import METRICS, Retrieval, bm25, shown, summary, top_k
 from model import NomicBert, NomicBertForMaskedLM

@@ -27,6 +27,7 @@ from common.files import load_tokenizer
 from common.options import cli, read_options
 from common.run import Run, adamw, learning_rate, set_lr
 from data import store
+from data.sequences import Sequences
 from model import SHARED_PRESETS, ModelConfig, NomicBertForMaskedLM
 
 
@@ -216,8 +217,8 @@ def main(arguments):
         return
 
     tokenizer = load_tokenizer(config.data)
-    train = store.Sequences(f"{config.data}/stage1/train", tokenizer, config.seq_len)
-    dev = store.Sequences(f"{config.data}/stage1/dev", tokenizer, config.seq_len)
+    train = Sequences(f"{config.data}/stage1/train", tokenizer, config.seq_len)
+    dev = Sequences(f"{config.data}/stage1/dev", tokenizer, config.seq_len)
     held_out = [dev[i] for i in range(min(len(dev), 400))]
     masker = Masker(tokenizer)
 

@@ -267,16 +267,12 @@ def own_file(path):
 # The optimizer
 
 
-def adamw(model, lr, weight_decay, betas, eps, words=1.0):
-    """AdamW, with weight decay on matrices and not on norms. words: the factor of the learning rate
-    for word embeddings."""
-    groups = {}
-    for name, parameter in model.named_parameters():
-        decay = weight_decay if parameter.dim() >= 2 else 0.0
-        scale = words if name.endswith("word_embeddings.weight") else 1.0
-        groups.setdefault((decay, scale), []).append(parameter)
-    groups = [{"params": p, "weight_decay": d, "lr_scale": s} for (d, s), p in groups.items()]
-    return torch.optim.AdamW(groups, lr, betas, eps, fused=True)
+def adamw(model, lr, weight_decay, betas, eps):
+    """AdamW, with weight decay on matrices and not on norms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    norms = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": norms}]
+    return torch.optim.AdamW(groups, lr, betas, eps, weight_decay=0.0, fused=True)
 
 
 def learning_rate(step, config):
@@ -293,5 +289,5 @@ def learning_rate(step, config):
 
 def set_lr(optimizer, lr):
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["lr"] = lr
     return lr

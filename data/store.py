@@ -146,38 +146,13 @@ def open_sources(folder, tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------
-# Which sequences make a batch
+# Random order
 
 
 @functools.lru_cache(maxsize=64)
 def permutation(n, *seed):
     """range(n) in random order: 260 MB for the paper's largest source, which is why it is kept."""
     return np.random.default_rng(seed).permutation(n).astype(np.int32 if n < 2**31 else np.int64)
-
-
-class Sequences:
-    """A column as sequences of exactly `length` tokens: texts joined, and split where a sequence is
-    full, as the paper packs its text (sec. 4.1.1)."""
-
-    def __init__(self, folder, tokenizer, length):
-        self.column, self.length = Source(folder, tokenizer).columns["document"], length
-        self.tokens = self.column.tokens
-        if len(self) == 0:
-            raise InputError(
-                f"{folder} has {len(self.tokens):,} tokens, fewer than --seq-len={length}"
-            )
-
-    def __len__(self):
-        return len(self.tokens) // self.length
-
-    def __getitem__(self, i):
-        ids = self.tokens[i * self.length : (i + 1) * self.length]
-        return self.column.checked(ids).astype(np.int64)
-
-    def rows(self, step, batch_size, seed):
-        """Which sequences make batch number `step`. Every epoch has each once, in a new order."""
-        n, places = len(self), range(step * batch_size, (step + 1) * batch_size)
-        return np.array([permutation(n, seed, p // n)[p % n] for p in places], np.int64)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -214,12 +189,10 @@ def text_keys(texts):
 def distinct(keys):
     """Numbers equal keys alike. keys: n byte strings, m different ones -> first (m,): the place of
     the first of each different key; number (n,): which of the m keys each one is."""
-    seen, first, number = {}, [], []
-    for i, key in enumerate(map(hash, keys)):  # 64 bits of each save memory
-        if key not in seen:
-            first.append(i)
-        number.append(seen.setdefault(key, len(seen)))
-    return np.array(first, np.int64), np.array(number, np.int64)
+    hashes = np.fromiter(map(hash, keys), np.int64)  # 64 bits of each save memory
+    _, first, number = np.unique(hashes, return_index=True, return_inverse=True)
+    order = np.argsort(first)  # by place, since hashes differ between processes
+    return first[order], np.argsort(order)[number]
 
 
 def split_by_tokens(lengths, max_tokens):

@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from tiny import SMALL, cases, read_log, tiny_model, train
+from tiny import SMALL, cases, read_log, train
 
 import common.run
 import contrastive
@@ -31,7 +31,7 @@ import mlm
 from common.device import training_flops
 from common.files import read_json, write_json
 from common.options import InputError
-from common.run import Run, adamw, learning_rate, set_lr
+from common.run import Run, learning_rate
 from model import NomicBert
 
 STAGES = (mlm, contrastive, finetune)
@@ -448,17 +448,3 @@ def test_the_learning_rate_rises_to_its_peak_and_falls(decay, last):
     rates = [learning_rate(step, config) / 2 for step in range(1000)]
     assert (rates[0], rates[59], rates[-1]) == pytest.approx((1 / 60, 1, last))
     assert all(np.diff(rates[:60]) > 0) and all(np.diff(rates[60:]) < 0)
-
-
-def test_word_embeddings_may_have_a_learning_rate_of_their_own():
-    """Adam's first step is the learning rate, whatever the gradient."""
-    model = tiny_model()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = adamw(model, 1.0, 0.0, (0.9, 0.999), 1e-30, words=0.5)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    assert set_lr(optimizer, 1e-2) == 1e-2
-    optimizer.step()
-    for name, p in model.named_parameters():
-        rate = 5e-3 if name == "embeddings.word_embeddings.weight" else 1e-2
-        assert (before[name] - p).sub(rate).abs().max() < 1e-6
