@@ -2,6 +2,7 @@
 
     python bench/experiments.py --seeds=0,1,2        # the ladder
     python bench/experiments.py --rows="stage 3"     # some rows, and those that they start from
+    python bench/experiments.py lesson --seeds=0,1,2        # what each stage of the paper brings
     python bench/experiments.py curve                # is stage 1 worth it? a table, OUT/curve.png
 
 Scores are nDCG@10, the mean over seeds with its standard error over queries. Differences are taken
@@ -39,29 +40,44 @@ class Row:
     options: str = ""  # of the stage, beside its defaults
     against: str = ""  # the row that it is compared with
     bm25: str = ""  # plain or split (identifiers): ranks by BM25, alone or fused with the model
+    once: bool = False  # trained with seed 0 alone, from which all seeds go on
 
 
 ONE, TWO, THREE = (f"after stage {i}" for i in (1, 2, 3))
-NO_ONE, EASY = "stage 2 without stage 1", "stage 3 without hard negatives"
+EASY, SPLIT = "--negatives=0", "BM25, identifiers split"  # the demo mines no hard negatives
 LADDER = [
-    Row("BM25", bm25="plain", against=THREE),
-    Row("BM25, identifiers split", bm25="split", against=THREE),
+    Row("BM25", bm25="plain"),
+    Row(SPLIT, bm25="split"),
     Row("random weights", "contrastive", options="--steps=1 --lr=0"),
-    Row("word vectors alone", "contrastive", options="--num-hidden-layers=0 --lr=3e-3"),
+    Row("word vectors alone", "contrastive", options="--num-hidden-layers=0"),
+    Row(TWO, "contrastive", against="word vectors alone"),
+    Row(THREE, "finetune", TWO, EASY, against=TWO),
+    Row(f"{THREE}, with BM25", start=THREE, bm25="split", against=SPLIT),
+    Row("stage 3 without stage 2", "finetune", "", f"{EASY} --lr=3e-3", against=THREE),
+    Row("stage 3 with a hard negative each", "finetune", TWO, against=THREE),
     Row(ONE, "mlm"),
-    Row(TWO, "contrastive", ONE, against=ONE),
-    Row(THREE, "finetune", TWO, against=TWO),
-    Row(f"{THREE}, with BM25", start=THREE, bm25="split", against="BM25, identifiers split"),
-    Row(NO_ONE, "contrastive", options="--lr=3e-3", against=TWO),
-    Row("stage 3 without stage 1", "finetune", NO_ONE, against=THREE),
-    Row("stage 3 without stage 2", "finetune", ONE, against=THREE),
-    Row(EASY, "finetune", TWO, "--negatives=0", against=THREE),
-    Row("stage 3 with four negatives", "finetune", TWO, "--negatives=4", against=EASY),
-    Row("stage 3, negatives of the first 100", "finetune", TWO, "--mined=100", against=EASY),
-    Row("stage 3, margin 0.95", "finetune", TWO, "--margin=0.95", against=EASY),
-    Row("stage 3 at a rate of 3e-4", "finetune", TWO, "--lr=3e-4", against=EASY),
-    Row(f"{EASY}, at a rate of 3e-4", "finetune", TWO, "--lr=3e-4 --negatives=0", against=EASY),
-]
+    Row("stage 2 of two layers, half the steps", "contrastive", "", "--num-hidden-layers=2 "
+        "--steps=100 --warmup=10", against=TWO),
+    Row("the same from stage 1", "contrastive", ONE, "--steps=100 --warmup=10 --lr=1e-3",
+        against="stage 2 of two layers, half the steps"),
+]  # fmt: skip
+
+# The paper's order and proportion: a long stage 1, weak pairs, few supervised ones. Two layers.
+LONG, WEAK, BEST = "16,000 steps of stage 1", "from it, stage 2", "from it, stage 3"
+FRESH, FEW = "--num-hidden-layers=2 --lr=1e-3", "--pairs=15000 --batch-size=256"
+TUNED = f"--pairs=3000 --batch-size=256 --steps=40 --warmup=4 --lr=3e-4 {EASY}"
+LESSON = [
+    Row(LONG, "mlm", options="--steps=16000 --warmup=960 --save-every=1000", once=True),
+    Row(WEAK, "contrastive", LONG, f"{FEW} --lr=3e-4", against=LONG),
+    Row(BEST, "finetune", WEAK, TUNED, against=WEAK),
+    Row("stage 2 without stage 1", "contrastive", "", f"{FEW} {FRESH}", against=WEAK),
+    Row("stage 3 without stage 1", "finetune", "stage 2 without stage 1", TUNED, against=BEST),
+    Row("stage 3 after stage 1, without 2", "finetune", LONG, TUNED, against=BEST),
+    Row("stage 3 with four hard negatives", "finetune", WEAK, f"{TUNED} --negatives=4",
+        against=BEST),
+    Row("one layer without stage 1, twice the steps", "contrastive", "", f"{FEW} --lr=1e-3 "
+        "--steps=400 --warmup=40", against="stage 2 without stage 1"),
+]  # fmt: skip
 
 SIZES = {  # pairs of stage 2 -> how they are trained on: 12 epochs, but 40 to 200 steps
     500: "--batch-size=256 --steps=40 --warmup=4",
@@ -94,7 +110,7 @@ def curve_rows(layers="--num-hidden-layers=2"):
             yield Row(point(pairs, steps), "contrastive", start, options, against)
 
 
-TABLES = {"ladder": LADDER, "curve": [*curve_rows()]}
+TABLES = {"ladder": LADDER, "lesson": LESSON, "curve": [*curve_rows()]}
 ROWS = {row.name: row for rows in TABLES.values() for row in rows}
 
 
@@ -113,25 +129,31 @@ def with_starts(row):
     return [*with_starts(ROWS[row.start]), row] if row.start else [row]
 
 
+def run_of(row, seed, options):
+    """The directory of a row's run."""
+    return Path(options.out, str(0 if row.once else seed), re.sub(r"\W+", "-", row.name))
+
+
 def run_row(row, seed, options):
     """Trains if the row says so, and ranks. Returns {"minutes": of training, "scores": task ->
     nDCG@10 of each query}, which is kept in a file for these settings."""
-    name, start = (re.sub(r"\W+", "-", name) for name in (row.name, row.start))
     settings = [fingerprint(Path(options.data, "meta.json")), options.split, options.options]
     settings += [(other.stage, other.options, other.bm25) for other in with_starts(row)]
     key = fingerprint(json.dumps(settings).encode())
-    path = Path(options.out, "scores", f"{name}-{seed}-{key}.json")
+    seed, out = 0 if row.once else seed, run_of(row, seed, options)
+    path = Path(options.out, "scores", f"{out.name}-{seed}-{key}.json")
     if path.is_file():
         return read_json(path)
-    directory, model, minutes, scores = Path(options.out, str(seed)), None, 0, {}
+    model, minutes, scores = None, 0, {}
+    start = run_of(ROWS[row.start], seed, options) if row.start else None
     if row.stage:
-        arguments = [f"--data={options.data}", f"--out={directory / name}", f"--seed={seed}"]
-        arguments += ["--eval-every=0", *([f"--init={directory / start}"] if start else [])]
+        arguments = [f"--data={options.data}", f"--out={out}", f"--seed={seed}", "--eval-every=0"]
+        arguments += [f"--init={start}"] if start else []
         STAGES[row.stage].main([*arguments, *row.options.split(), *options.options.split()])
-        log = [record for _, record in read_json_lines(directory / name / "log.jsonl")]
+        log = [record for _, record in read_json_lines(out / "log.jsonl")]
         minutes = sum(record["tokens"] / record["tokens_per_second"] for record in log) / 60
     if row.stage or start:
-        checkpoint = directory / (name if row.stage else start)
+        checkpoint = out if row.stage else start
         model = NomicBert.from_pretrained(checkpoint, device=best_device())
     for task in Retrieval.open_all(options.data, options.split):
         rankings = [task.rank_bm25(split_identifiers=row.bm25 == "split")] if row.bm25 else []
