@@ -111,18 +111,22 @@ def stored_rows(folders, tokenizer):
 def without_repeats(rows, names, held_out, distinct, left_out):
     """Yields the rows that write_source writes, and counts the others by reason."""
     seen = set()
-    for row, line in rows:
-        reason = ""
-        if distinct:
-            key = hash(b"".join(row[name][0].tobytes() for name in names if name != "negative"))
-            reason = "copy of another row" if key in seen else ""
-            seen.add(key)
-        if held_out and not reason:
-            reason = REASONS[max(held_out.find(ids) for name in names for ids in row[name])]
-        if reason:
-            left_out[reason] += 1
-        else:
-            yield row, line
+    while batch := list(itertools.islice(rows, BATCH)):
+        texts = [[ids for name in names for ids in row[name]] for row, _ in batch]
+        repeats = np.zeros(len(batch), int)
+        if held_out:
+            found = held_out.find([*itertools.chain.from_iterable(texts)])
+            repeats = np.maximum.reduceat(found, np.cumsum([0, *map(len, texts[:-1])]))
+        for (row, line), repeat in zip(batch, repeats, strict=True):
+            reason = REASONS[repeat]
+            if distinct:
+                key = hash(b"".join(row[name][0].tobytes() for name in names if name != "negative"))
+                reason = "copy of another row" if key in seen else reason
+                seen.add(key)
+            if reason:
+                left_out[reason] += 1
+            else:
+                yield row, line
 
 
 def write_source(

@@ -200,7 +200,7 @@ def test_near_duplicates_agree_with_runs_counted_by_hand(word_tokenizer):
         return {tuple(text[i : i + 8]) for i in range(max(1, len(text) - 7))}
 
     index = HeldOut(map(" ".join, held), tokenizer)
-    found = np.array(list(map(index.find, encode(tokenizer, map(" ".join, texts)))))
+    found = np.array(index.find(encode(tokenizer, map(" ".join, texts))))
     expected = []
     for text in map(runs, texts):
         pairs = [(len(text & other), min(len(text), len(other))) for other in map(runs, held)]
@@ -222,7 +222,7 @@ def test_held_out_text_is_found_and_quotes_and_unknown_scripts_are_not(word_toke
         "жили были дед и баба": 0,  # another text that is nothing but [UNK]
     }
     index = HeldOut([held, "a short one", "мороз и солнце день чудесный"], tokenizer)
-    assert list(map(index.find, encode(tokenizer, texts))) == list(texts.values())
+    assert index.find(encode(tokenizer, texts)) == list(texts.values())
 
 
 def test_held_out_documents_are_not_in_the_training_text(data):
