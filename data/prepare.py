@@ -98,14 +98,18 @@ def encode_rows(rows, tokenizer):
 
 
 def stored_rows(folders, tokenizer):
-    """Yields the rows of sources on disk."""
+    """Yields the rows of sources on disk. Raises InputError where one has not a line for each."""
     for folder in map(Path, folders):
         source, path = Source(folder, tokenizer), folder / "pairs.jsonl"
-        lines = path.open("rb") if path.is_file() else itertools.repeat(b"", len(source))
-        for i in range(len(source)):
-            places = {name: [i] for name in source.columns} | {"negative": source.negatives(i)}
-            row = {n: [source.columns[n][j] for j in places[n]] for n in places}
-            yield row, next(lines, b"")
+        lines = path.open("rb") if path.is_file() else ()
+        if not source.prefixes:  # stage 1 has no text beside the tokens
+            lines = itertools.repeat(b"\n", len(source))
+        for i, line in enumerate(itertools.chain(lines, [b""])):
+            if (i < len(source)) != line.endswith(b"\n"):
+                raise InputError(f"{path} is damaged: not {len(source):,} lines; prepare it again")
+            if line:
+                places = {name: [i] for name in source.columns} | {"negative": source.negatives(i)}
+                yield {n: [source.columns[n][j] for j in places[n]] for n in places}, line
 
 
 def without_repeats(rows, names, held_out, distinct, left_out):
@@ -129,11 +133,9 @@ def without_repeats(rows, names, held_out, distinct, left_out):
                 yield row, line
 
 
-def write_source(
-    folder, rows, prefixes, tokenizer, held_out=None, stored=(), keep=None, distinct=False
-):
+def write_source(folder, rows, prefixes, tokenizer, held_out=None, stored=(), distinct=False):
     """Writes a source (data/store.py): rows of text, then those of the sources in the folders
-    `stored`, of which keep (n,) says which to write; None is all.
+    `stored`.
 
     rows: {"query": text, "document": text, "negatives": texts}, where negatives may be missing, or
     {"document": text} where prefixes is empty. held_out: a HeldOut, whose texts no row may repeat.
@@ -143,9 +145,7 @@ def write_source(
     prefixes = {**prefixes, "negative": prefixes["document"]} if prefixes else {}
     names, unknown_id = list(prefixes) or ["document"], tokenizer.token_to_id("[UNK]")
     offsets, first_negative = {name: array("q", [0]) for name in names}, array("q", [0])
-    old = stored_rows(stored, tokenizer)
-    old = old if keep is None else itertools.compress(old, keep)
-    rows = itertools.chain(encode_rows(rows, tokenizer), old)
+    rows = itertools.chain(encode_rows(rows, tokenizer), stored_rows(stored, tokenizer))
     folder.mkdir(parents=True)
     with ExitStack() as stack:
         paths = {name: folder / f"{name}.tokens.bin" for name in names}
@@ -241,17 +241,17 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, a
         checked, stored, name = None, (), f"stage1/{split}"
         if split == "train":
             checked, stored = held_out, [path / name for path in add]
-        found = ({"document": text} for text in column)
-        written[name] = write_source(folder / name, found, {}, tokenizer, checked, stored)
-    for name, found in pairs.items():
-        if found:
-            found = ({"query": query, "document": document} for query, document in found)
-            given = dict(zip(("query", "document"), prefixes[Path(name).name], strict=True))
-            written[name] = write_source(folder / name, found, given, tokenizer, held_out)
+        rows = ({"document": text} for text in column)
+        written[name] = write_source(folder / name, rows, {}, tokenizer, checked, stored)
+    for name, own in pairs.items():
+        if own:
+            rows = ({"query": query, "document": document} for query, document in own)
+            both = dict(zip(("query", "document"), prefixes[Path(name).name], strict=True))
+            written[name] = write_source(folder / name, rows, both, tokenizer, held_out)
     for path in itertools.chain.from_iterable(sorted(p.glob("stage[23]/*")) for p in add):
         name = f"{path.parent.name}/{path.name}-{path.parents[1].name}"
-        given = read_json(path / "meta.json")["prefixes"]
-        written[name] = write_source(folder / name, (), given, tokenizer, held_out, [path])
+        both = read_json(path / "meta.json")["prefixes"]
+        written[name] = write_source(folder / name, (), both, tokenizer, held_out, [path])
 
     rows = {name: count for name, (count, _) in written.items()}
     weigh(folder, pairs, rows)
@@ -300,6 +300,10 @@ def show_pairs(folder, count, added=()):
         with open(path, "rb") as file:
             file.seek(rng.integers(path.stat().st_size))
             file.readline()  # the rest of a line
-            pair = json.loads(file.readline() or path.open("rb").readline())
-        print(f"\n--- {path.parent.name}\n{pair['query']}\n  ->")
-        print("\n".join(f"  {line}" for line in pair["document"].split("\n")[:8]))
+            line = file.readline() or path.open("rb").readline()
+        try:
+            pair = json.loads(line)
+            query, document = pair["query"], pair["document"].split("\n")[:8]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"{path} is damaged: not a pair: {line[:60]}") from None
+        print("", f"--- {path.parent.name}", query, "  ->", *(f"  {x}" for x in document), sep="\n")

@@ -44,7 +44,6 @@ from data.prepare import (
     write_folder,
 )
 
-DEFAULT = "out/pydocs"
 NEEDED_BY_TORCH = "filelock fsspec jinja2 markupsafe mpmath networkx setuptools sympy triton"
 NEEDED_BY_TORCH += " typing_extensions"
 PREFIXES = {  # source -> prefixes of its queries and documents, chosen as in the paper (sec. 4.2.2)
@@ -61,7 +60,7 @@ EVALUATED = ("summary-body", "summary-code")  # these are retrieval tasks too
 
 @dataclass
 class Options:
-    out: str = DEFAULT  # the data folder to write
+    out: str = "out/pydocs"  # the data folder to write
     core: str = "stdlib,torch,numpy,tokenizers,tqdm"  # packages with held-out modules
     vocab_size: int = 8192  # of the WordPiece tokenizer that is trained [300, 1000000]
     show: int = 0  # how many pairs to print, drawn at random from all sources [0, 1000]
@@ -225,19 +224,6 @@ def prepare(options):
         print(f"wrote {out} in {time.time() - began:.0f} s")
     if options.show:
         show_pairs(out, options.show)
-
-
-def make_if_missing(folder):
-    """Prepares the default data where it is missing. Raises InputError for any other folder that is
-    no data folder."""
-    if not Path(folder, "meta.json").is_file():
-        if str(folder) != DEFAULT:
-            raise InputError(
-                f"{folder} is not a data folder: python data/pydocs.py --out={folder} makes one of "
-                "the built-in data, data/folder.py or data/pairs.py of your own"
-            )
-        print(f"{folder} is missing: preparing it, as python data/pydocs.py does", flush=True)
-        prepare(Options())
 
 
 def version_of(package):
