@@ -25,11 +25,21 @@ def words(text):
     return WORD.findall(text.lower())
 
 
-class NearDuplicates:
-    """Remembers texts, and finds those that are nearly equal to a remembered one.
+def runs_of(text):
+    """The hashes of all runs of 5 words of a text; one that is shorter is one run."""
+    text = words(text)
+    return set(map(hash, zip(*(text[i:] for i in range(max(1, min(5, len(text))))), strict=False)))
 
-    Two texts are near duplicates if they share at least `share` of the runs of 5 words of the one
-    that has fewer. A text shorter than a run is one run. A run that several remembered texts have
+
+def is_near(runs, others, sizes, share, least=1):
+    """others: the texts that have one of these runs, once for each; sizes: of the other texts."""
+    shared = Counter(others).items()
+    return any(count >= max(least, share * min(len(runs), sizes[i])) for i, count in shared)
+
+
+class NearDuplicates:
+    """Remembers texts, and finds those that are nearly equal to a remembered one: that share at
+    least `share` of the runs of the one that has fewer. A run that several remembered texts have
     counts for the first of them."""
 
     def __init__(self, share=0.4):
@@ -39,33 +49,19 @@ class NearDuplicates:
             [],
         )  # run -> number of a text; number -> size
 
-    def runs(self, text):
-        """The hashes of all runs of a list of words."""
-        shifted = (text[i:] for i in range(max(1, min(5, len(text)))))
-        return set(map(hash, zip(*shifted, strict=False)))
-
-    def has_near(self, text):
-        """Whether a list of words is a near duplicate of a remembered text."""
-        runs = self.runs(text)
+    def has_near(self, runs):
         return is_near(runs, map(self.first.get, self.first.keys() & runs), self.sizes, self.share)
 
     def add_new(self, texts):
         """Remembers texts in order, without near duplicates. Returns which are new: bool (B,)."""
         new = np.zeros(len(texts), bool)
-        for i, text in enumerate(map(words, texts)):
-            new[i] = not self.has_near(text)
+        for i, runs in enumerate(map(runs_of, texts)):
+            new[i] = not self.has_near(runs)
             if new[i]:
-                runs = self.runs(text)
                 for run in runs:
                     self.first.setdefault(run, len(self.sizes))
                 self.sizes.append(len(runs))
         return new
-
-
-def is_near(runs, others, sizes, share, least=1):
-    """others: the texts that have one of these runs, once for each; sizes: of the other texts."""
-    shared = Counter(others).items()
-    return any(count >= max(least, share * min(len(runs), sizes[i])) for i, count in shared)
 
 
 class HeldOut:
@@ -81,45 +77,49 @@ class HeldOut:
         special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         self.unknown = vocabulary["[UNK]"]
         self.is_word = np.zeros(max(vocabulary.values()) + 1, bool)
-        for token, number in vocabulary.items():
-            letters = any(unicodedata.category(c)[0] in "LMN" for c in token)
-            self.is_word[number] = letters and token not in {"[UNK]", *special}
-        self.texts, self.sizes, self.texts_with = set(), [], defaultdict(list)  # run -> numbers
+        for token in vocabulary.keys() - special - {"[UNK]"}:
+            self.is_word[vocabulary[token]] = any(
+                unicodedata.category(c)[0] in "LMN" for c in token
+            )
+        self.texts, self.sizes = set(), []
+        self.texts_with = defaultdict(
+            list
+        )  # hash of a run -> the numbers of all texts that have it
         self.first_bits = np.zeros(1 << 26, bool)  # of the hashes: most other runs are not there
         for text, runs in self.read(encode(tokenizer, texts)):
             self.texts.add(text)
             self.first_bits[runs >> 38] = True
-            for run in set(runs.tolist()):
+            runs = set(runs.tolist())
+            for run in runs:
                 self.texts_with[run].append(len(self.sizes))
-            self.sizes.append(len(set(runs.tolist())))
+            self.sizes.append(len(runs))
 
     def read(self, texts):
-        """Yields the words of each text (token ids) as bytes, and the hashes of its runs, which are
-        polynomials in the ids modulo 2^64, computed for all texts at once."""
+        """Yields the words of each text (token ids) as bytes, b"" where they equal nothing, and the
+        hashes of its runs: polynomials in the ids modulo 2^64, computed for all texts at once."""
         words = [text[self.is_word[text]] for text in texts]
         ids = np.concatenate([*words, np.zeros(7, np.uint64)])
         hashes, start = np.zeros(len(ids) - 7, np.uint64), 0
         for i in range(8):
             hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + ids[i : i + len(hashes)]
         for text, own in zip(texts, words, strict=True):
-            equal_to_none = len(own) < 3 and self.unknown in text
-            yield (
-                b"" if equal_to_none else own.tobytes(),
-                hashes[start : start + max(0, len(own) - 7)],
-            )
+            comparable = len(own) > 2 or self.unknown not in text
+            yield own.tobytes() * comparable, hashes[start : start + max(0, len(own) - 7)]
             start += len(own)
 
     def find(self, texts):
         """For each text, as token ids: 2 if it equals a held-out one, 1 if nearly, else 0."""
-        found = []
+        repeats = []
         for text, runs in self.read(texts):
-            near = np.count_nonzero(self.first_bits[runs >> 38]) >= 8
+            near = (
+                np.count_nonzero(self.first_bits[runs >> 38]) >= 8
+            )  # few that are not are counted
             if near:
                 runs = set(runs.tolist())
                 others = itertools.chain.from_iterable(self.texts_with.get(r, ()) for r in runs)
                 near = is_near(runs, others, self.sizes, share=0.5, least=8)
-            found.append(2 if text and text in self.texts else int(near))
-        return found
+            repeats.append(2 if text and text in self.texts else int(near))
+        return repeats
 
 
 def held_out_texts(tasks):

@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.options import InputError, cli, read_options
 from data.docstrings import package_root, read_packages
-from data.duplicates import NearDuplicates, words
+from data.duplicates import NearDuplicates, runs_of, words
 from data.prepare import (
     LONG,
     LONGEST,
@@ -169,7 +169,7 @@ def assemble(entries, docstrings, core):
         rows = [(spell(e.text), e.code[:LONGEST]) for e in own]
         rows = [row for row in rows if acceptable(*row)]
         rows = itertools.compress(rows, NearDuplicates().add_new([code for _, code in rows]))
-        rows = [row for row in rows if not held_out_code.has_near(words(row[1]))]
+        rows = [row for row in rows if not held_out_code.has_near(runs_of(row[1]))]
         pairs[f"stage2/{kind}-code"] = rows
 
     tasks = {}  # source -> (all documents of core modules, queries of held-out ones)
