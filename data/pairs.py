@@ -147,10 +147,6 @@ def pairs_in(row, source):
     return [dict(zip(COLUMNS, (query, text, negatives), strict=True)) for text in documents]
 
 
-# ------------------------------------------------------------------------------------------------
-# Holding out
-
-
 def hold_out(source, options, folder):
     """Writes the retrieval task of a source of pairs. Returns (training text of its first rows,
     held-out queries, split -> held-out documents)."""
@@ -181,10 +177,6 @@ def hold_out(source, options, folder):
         write_task(folder / "retrieval" / source.name, corpus, judged, source.prefixes.values())
     training = itertools.chain(queries[count:], documents_of(queries[count:]))
     return training, set(queries[:count]), {s: documents_of(splits[s]) for s in splits}
-
-
-# ------------------------------------------------------------------------------------------------
-# Writing
 
 
 def write_pairs(folder, source, limit, tokenizer, held_out, queries):

@@ -72,6 +72,7 @@ def train_tokenizer(texts, vocab_size):
     trained.normalizer, trained.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
     trained.decoder = tokenizers.decoders.WordPiece(prefix="##")
     trained.add_special_tokens(SPECIAL_TOKENS)
+    trained.encode_special_tokens = True  # "[MASK]" in a text is text, as for load_tokenizer
     ends = [(token, trained.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     trained.post_processor = tokenizers.processors.TemplateProcessing(
         "[CLS] $A [SEP]", special_tokens=ends

@@ -195,18 +195,13 @@ def long_documents(docstrings, core):
     return [page for page in pages if len(words(page)) >= LONG]
 
 
-# ------------------------------------------------------------------------------------------------
-
-
 def prepare(options):
     """Writes the data folder, unless it is there for the same packages and versions."""
     began, out = time.time(), Path(options.out)
     core = [package for package in options.core.split(",") if package]
     for package in core:
         if package_root(package) is None:
-            raise InputError(
-                f"{package} is not installed here as Python source: pip install {package}"
-            )
+            raise InputError(f"{package} is not installed as Python source: pip install {package}")
     needed = NEEDED_BY_TORCH.split() if "torch" in core else []
     packages = [*core, *(p for p in needed if p not in core and package_root(p))]
     inputs = {"script": "data/pydocs.py", "vocab_size": options.vocab_size, "core": core}

@@ -26,10 +26,6 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
 
-# ------------------------------------------------------------------------------------------------
-# Batches
-
-
 def test_a_batch_comes_from_one_source_and_an_epoch_has_every_row_once(data, data_tokenizer):
     sources = open_sources(data / "stage2", data_tokenizer)
     batches = PairBatches(sources, 16, seed=3)
@@ -103,10 +99,6 @@ def test_weights_that_are_none_are_named(weights, data, data_tokenizer):
         PairBatches(sources, 4, 3, weights)
 
 
-# ------------------------------------------------------------------------------------------------
-# Texts on disk
-
-
 def test_stored_texts_are_what_the_tokenizer_makes_of_prefix_and_text(data, data_tokenizer):
     """Training reads ids from disk, evaluation tokenises strings: both must be the same."""
     for source in open_sources(data / "stage2", data_tokenizer):
@@ -175,10 +167,6 @@ def test_pairs_that_cannot_be_shown_are_named(tmp_path, text):
     (tmp_path / "stage2/faq/pairs.jsonl").write_text(text, "latin-1")
     with pytest.raises(InputError, match="faq/pairs.jsonl is damaged: not a pair"):
         prepare.show_pairs(tmp_path, 1)
-
-
-# ------------------------------------------------------------------------------------------------
-# Near duplicates
 
 
 def test_splits_are_by_module_and_the_same_everywhere():
@@ -270,9 +258,6 @@ def test_held_out_documents_are_not_in_the_training_text(data):
         assert count > 20 and len(leaks) <= max(1, count // 100), leaks
 
 
-# ------------------------------------------------------------------------------------------------
-# Reading Python
-
 SOURCE = '''"""About this module. It does two things."""
 
 import nothing_that_exists
@@ -321,10 +306,6 @@ def test_compiled_functions_of_torch_and_numpy_are_there():
     assert "the input tensor" in documented["torch.sin"], "shared texts are inserted"
     assert "torch.Tensor.add_" in documented
     assert documented["numpy._core.multiarray.array"].startswith("Create an array")
-
-
-# ------------------------------------------------------------------------------------------------
-# The script, and the folder that it writes
 
 
 def test_every_process_prepares_equal_files_and_the_same_command_does_nothing(tmp_path, capsys):

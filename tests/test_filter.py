@@ -75,10 +75,6 @@ def run(folder, judge, *options):
     return folder.with_name(folder.name + "-filtered")
 
 
-# ------------------------------------------------------------------------------------------------
-# The rule
-
-
 @pytest.mark.parametrize("top", [1, 2, 7])
 def test_a_pair_stays_if_fewer_than_top_documents_are_nearer(top):
     query, document = unit_rows(300), unit_rows(200, seed=1)
@@ -131,10 +127,6 @@ def test_pairs_are_compared_within_blocks_of_equal_size(folder, judge):
         assert np.array_equal(kept[begin : begin + 10], expected)
 
 
-# ------------------------------------------------------------------------------------------------
-# The folder
-
-
 def test_rows_that_stay_keep_their_tokens_and_all_else_is_copied(folder, judge):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     out = run(folder, judge)
@@ -158,10 +150,6 @@ def test_rows_that_stay_keep_their_tokens_and_all_else_is_copied(folder, judge):
     how = meta["inputs"]["filtered"]
     assert (how["judge"], how["top"], how["block"]) == (str(judge), 2, 1_000_000)
     assert how["weights"] == fingerprint(judge / "model.safetensors")
-
-
-# ------------------------------------------------------------------------------------------------
-# Bad input
 
 
 @pytest.mark.parametrize(
@@ -227,10 +215,6 @@ def test_a_full_disk_is_named_and_leaves_nothing(folder, judge):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in folder.parent.iterdir()] == ["data"]
-
-
-# ------------------------------------------------------------------------------------------------
-# Processes, and other judges
 
 
 def test_several_processes_keep_the_same_pairs(folder, judge):

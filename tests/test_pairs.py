@@ -62,10 +62,6 @@ def stored(source):
     return rows
 
 
-# ------------------------------------------------------------------------------------------------
-# What goes in comes out
-
-
 @pytest.mark.parametrize("name", ["faq.jsonl.gz", "faq.parquet"])
 def test_rows_and_their_negatives_come_back_from_disk(name, tmp_path):
     rows, out = pairs(300, negatives=3), tmp_path / "out"
@@ -163,10 +159,6 @@ def test_limit_takes_the_first_rows_and_the_same_command_does_nothing(tmp_path, 
         prepare(out, file)
 
 
-# ------------------------------------------------------------------------------------------------
-# Held-out text, and faults
-
-
 def test_what_is_held_out_here_or_elsewhere_is_in_no_source(tmp_path):
     """Another source asks the same in other words, a third repeats the documents of a task."""
     prepare(tmp_path / "first", save(tmp_path / "old.jsonl", pairs(200, start=5000)))
@@ -258,10 +250,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, argumen
     with pytest.raises(InputError, match=reason):
         prepare("out", *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
-# ------------------------------------------------------------------------------------------------
-# The paper's data
 
 
 def test_the_table_is_that_of_the_paper():
