@@ -7,6 +7,7 @@ copies and held-out text are found.
 import hashlib
 import itertools
 import json
+import shutil
 import tempfile
 from array import array
 from collections import Counter
@@ -245,7 +246,11 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, a
         rows = ({"document": text} for text in column)
         written[name] = write_source(folder / name, rows, {}, tokenizer, checked, stored)
     for name, own in pairs.items():
-        if own:
+        twin = name.replace("stage3", "stage2")
+        if own and own is pairs.get(twin) and twin in written:  # the same pairs in both stages
+            shutil.copytree(folder / twin, folder / name)
+            written[name] = written[twin]
+        elif own:
             rows = ({"query": query, "document": document} for query, document in own)
             both = dict(zip(("query", "document"), prefixes[Path(name).name], strict=True))
             written[name] = write_source(folder / name, rows, both, tokenizer, held_out)

@@ -10,7 +10,7 @@ One docstring gives several kinds of pairs, as one web page did in the paper (se
     stage 2, weak pairs    name -> docstring, summary -> code, heading -> section,
                            first half -> second half, comment -> the code below it,
                            name -> code of functions without a docstring
-    stage 3, supervised    summary line -> body
+    stage 3, supervised    summary line -> body, and summary -> code again
     held out               whole modules of the core packages, chosen by a hash of their names:
                            dev to tune on, test to report; near duplicates are removed first
 
@@ -172,6 +172,7 @@ def assemble(entries, docstrings, core):
         rows = [row for row in rows if not held_out_code.has_near(runs_of(row[1]))]
         pairs[f"stage2/{kind}-code"] = rows
 
+    pairs["stage3/summary-code"] = pairs["stage2/summary-code"]  # or stage 3 would forget code
     tasks = {}  # source -> (all documents of core modules, queries of held-out ones)
     asked = Counter(summary_and_body(entry.text)[0].lower() for entry in docstrings)
     for source in EVALUATED:
