@@ -103,7 +103,8 @@ def read_file(job):
             entries.append(Entry("name", package, module, name, name, code))
         for block in ("body", "orelse", "handlers", "finalbody"):  # also of `if`, `try`, `with`
             for child in getattr(node, block, ()):
-                visit(child, f"{name}.{child.name}" if isinstance(child, DEFINITIONS) else name)
+                if hasattr(child, "body"):  # most statements have none
+                    visit(child, f"{name}.{child.name}" if isinstance(child, DEFINITIONS) else name)
 
     visit(tree, module)
     if "add_docstr" in source or "add_newdoc" in source:

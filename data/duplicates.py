@@ -3,9 +3,10 @@
 One measure serves both: the share of runs of consecutive words that two texts have in common.
 """
 
+import itertools
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -29,76 +30,101 @@ def words(text):
     return WORD.findall(text.lower())
 
 
+def runs_of(text):
+    """The hashes of all runs of 5 words of a text; one that is shorter is one run."""
+    text = words(text)
+    return set(map(hash, zip(*(text[i:] for i in range(max(1, min(5, len(text))))), strict=False)))
+
+
+def is_near(runs, others, sizes, share, least=1):
+    """others: the texts that have one of these runs, once for each; sizes: of the other texts."""
+    shared = Counter(others).items()
+    return any(count >= max(least, share * min(len(runs), sizes[i])) for i, count in shared)
+
+
 class NearDuplicates:
-    """Remembers texts, and finds those that are nearly equal to a remembered one.
+    """Remembers texts, and finds those that are nearly equal to a remembered one: that share at
+    least `share` of the runs of the one that has fewer. A run that several remembered texts have
+    counts for the first of them."""
 
-    A text is a list of words or token ids. Two texts are near duplicates if they share at least
-    `share` of the runs (`run` consecutive words) of the one that has fewer, and at least `least`
-    runs. A text shorter than a run is one run."""
+    def __init__(self, share=0.4):
+        self.share, self.first, self.sizes = (
+            share,
+            {},
+            [],
+        )  # run -> number of a text; number -> size
 
-    def __init__(self, run=5, share=0.4, least=1):
-        self.run, self.share, self.least = run, share, least
-        self.first = {}  # hash of a run -> number of the first text that has it
-        self.sizes = []  # number of a text -> how many different runs it has
-
-    def runs(self, text):
-        """The hashes of all runs of a text."""
-        shifted = (text[i:] for i in range(max(1, min(self.run, len(text)))))
-        return set(map(hash, zip(*shifted, strict=False)))
-
-    def has_near(self, text):
-        """Whether a text is a near duplicate of a remembered one."""
-        runs = self.runs(text)
-        shared = Counter(self.first[run] for run in self.first.keys() & runs)
-        return any(
-            count >= max(self.least, self.share * min(len(runs), self.sizes[other]))
-            for other, count in shared.items()
-        )
-
-    def add(self, text):
-        runs = self.runs(text)
-        for run in runs:
-            self.first.setdefault(run, len(self.sizes))
-        self.sizes.append(len(runs))
+    def has_near(self, runs):
+        return is_near(runs, map(self.first.get, self.first.keys() & runs), self.sizes, self.share)
 
     def add_new(self, texts):
         """Remembers texts in order, without near duplicates. Returns which are new: bool (B,)."""
         new = np.zeros(len(texts), bool)
-        for i, text in enumerate(map(words, texts)):
-            new[i] = not self.has_near(text)
+        for i, runs in enumerate(map(runs_of, texts)):
+            new[i] = not self.has_near(runs)
             if new[i]:
-                self.add(text)
+                for run in runs:
+                    self.first.setdefault(run, len(self.sizes))
+                self.sizes.append(len(runs))
         return new
 
 
-class HeldOut(NearDuplicates):
-    """The texts that must not be trained on, compared by their token ids.
+class HeldOut:
+    """The texts that must not be trained on, compared by the token ids of their words.
 
-    A text repeats a held-out one if they share half of the runs of 8 tokens of the shorter one, and
-    at least 8 runs: a quoted paragraph counts, a quoted sentence does not. Special tokens, [UNK]
-    and punctuation are left out, or all texts of a script that the tokenizer cannot read would be
-    equal."""
+    A text repeats a held-out one if all words are the same, or if they share half of the runs of 8
+    tokens of the shorter one, and at least 8: a quoted paragraph counts, a quoted sentence does
+    not. Special tokens, punctuation and [UNK] are no words, or all texts of a script that the
+    tokenizer cannot read would be equal; one or two words beside an [UNK] equal nothing."""
 
     def __init__(self, texts, tokenizer):
-        super().__init__(run=8, share=0.5, least=8)
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        self.unknown = vocabulary["[UNK]"]
         self.is_word = np.zeros(max(vocabulary.values()) + 1, bool)
-        for token, number in vocabulary.items():
-            self.is_word[number] = token not in {"[UNK]", *special} and any(map(str.isalnum, token))
-        self.texts = set()  # of at least 3 words
-        for text in map(self.words_of, encode(tokenizer, texts)):
-            self.add(text)
-            if len(text) >= 3:
-                self.texts.add(text)
+        for token in vocabulary.keys() - special - {"[UNK]"}:
+            self.is_word[vocabulary[token]] = any(
+                unicodedata.category(c)[0] in "LMN" for c in token
+            )
+        self.texts, self.sizes = set(), []
+        self.texts_with = defaultdict(
+            list
+        )  # hash of a run -> the numbers of all texts that have it
+        self.first_bits = np.zeros(1 << 26, bool)  # of the hashes: most other runs are not there
+        for text, runs in self.read(encode(tokenizer, texts)):
+            self.texts.add(text)
+            self.first_bits[runs >> 38] = True
+            runs = set(runs.tolist())
+            for run in runs:
+                self.texts_with[run].append(len(self.sizes))
+            self.sizes.append(len(runs))
 
-    def words_of(self, ids):
-        return tuple(ids[self.is_word[ids]].tolist())
+    def read(self, texts):
+        """Yields the words of each text (token ids) as bytes, b"" where they equal nothing, and the
+        hashes of its runs: polynomials in the ids modulo 2^64, computed for all texts at once."""
+        words = [text[self.is_word[text]] for text in texts]
+        ids = np.concatenate([*words, np.zeros(7, np.uint64)])
+        hashes, start = np.zeros(len(ids) - 7, np.uint64), 0
+        for i in range(8):
+            hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + ids[i : i + len(hashes)]
+        for text, own in zip(texts, words, strict=True):
+            comparable = len(own) > 2 or self.unknown not in text
+            yield own.tobytes() * comparable, hashes[start : start + max(0, len(own) - 7)]
+            start += len(own)
 
-    def find(self, ids):
-        """2 if a text, as token ids, equals a held-out one, 1 if nearly, else 0."""
-        text = self.words_of(ids)
-        return 2 if text in self.texts else int(self.has_near(text))
+    def find(self, texts):
+        """For each text, as token ids: 2 if it equals a held-out one, 1 if nearly, else 0."""
+        repeats = []
+        for text, runs in self.read(texts):
+            near = (
+                np.count_nonzero(self.first_bits[runs >> 38]) >= 8
+            )  # few that are not are counted
+            if near:
+                runs = set(runs.tolist())
+                others = itertools.chain.from_iterable(self.texts_with.get(r, ()) for r in runs)
+                near = is_near(runs, others, self.sizes, share=0.5, least=8)
+            repeats.append(2 if text and text in self.texts else int(near))
+        return repeats
 
 
 def held_out_texts(tasks):
@@ -116,7 +142,7 @@ def held_out_texts(tasks):
 
 def contamination(held_out, left_out):
     """The entry of meta.json. left_out: source -> reason -> number of rows."""
-    found = {name: {r: n[r] for r in REASONS if r in n} for name, n in left_out.items()}
-    found = {name: counts for name, counts in found.items() if counts}
-    removed = sum(sum(counts.values()) for counts in found.values())
-    return {"held-out texts": len(held_out.sizes), "removed": removed, "sources": found}
+    sources = {name: {r: n[r] for r in REASONS if r in n} for name, n in left_out.items()}
+    sources = {name: counts for name, counts in sources.items() if counts}
+    removed = sum(sum(counts.values()) for counts in sources.values())
+    return {"held-out texts": len(held_out.sizes), "removed": removed, "sources": sources}

@@ -17,13 +17,10 @@ The rank decides, not the cosine: the paper gave up a threshold. The paper's fir
 removed good pairs whose two sides share few words. So some of the removed pairs are printed. Equal
 documents count as one: otherwise a document of ten rows would push itself out of the first two.
 
-The judge reads the text of pairs.jsonl, because its tokenizer may be another than that of the data.
-st:NAME is any model that sentence-transformers opens. It gets the texts without prefixes.
-
-Processes share the texts to embed and the queries to compare; their number does not change the
-result. Each process has one block in memory: 6 GB of embeddings for a million pairs at C = 768. A
-smaller --block needs less, and removes fewer pairs. A long job may go source by source, with
---sources.
+The judge reads pairs.jsonl. st:NAME is any model that sentence-transformers opens; it gets the
+texts without prefixes. Processes share the work, and their number does not change the result. Each
+has one block in memory: 6 GB of embeddings for a million pairs at C = 768. A smaller --block needs
+less, and removes fewer pairs. A long job may go source by source, with --sources.
 """
 
 import itertools
@@ -56,10 +53,6 @@ class Options:
     block: int = 1_000_000  # pairs that are compared with one another, at most (sec. 4.2.1)
     max_tokens: int = 0  # texts are truncated to this; 0: the judge's trained length [0, 1000000]
     show: int = 3  # how many removed pairs of each source to print, drawn at random [0, 1000]
-
-
-# ------------------------------------------------------------------------------------------------
-# The lesson
 
 
 def is_consistent(query, document, right, top=2, device="cpu"):
@@ -103,12 +96,10 @@ def judge_source(encode, folder, options, device):
     for number in tqdm(range(blocks), folder.name, disable=None):
         size = rows * (number + 1) // blocks - rows * number // blocks
         block = list(itertools.islice(pairs, size))
+        texts = [pair.get(side) for pair in block for side in ("query", "document")]
         too_long = number == blocks - 1 and next(pairs, None)
-        if len(block) < size or too_long:
-            raise InputError(
-                f"{folder}/pairs.jsonl has not as many lines as its source has rows, {rows:,}: "
-                "prepare the data again"
-            )
+        if len(block) < size or too_long or {*map(type, texts)} != {str}:
+            raise InputError(f"{folder}/pairs.jsonl has not {rows:,} pairs: prepare the data again")
         stays, nearest = judge_block(encode, block, meta["prefixes"], options, device).T
         kept.append(stays.astype(bool))
         if number == 0 and distributed.is_first():
@@ -118,13 +109,6 @@ def judge_source(encode, folder, options, device):
 
 # ------------------------------------------------------------------------------------------------
 # Reading and writing
-
-
-def copy_data(data, folder, skipped):
-    """Copies a data folder into a new one, without some names. skipped: path of a folder -> names
-    in it that stay out."""
-    ignore = {str(path): names for path, names in skipped.items()}
-    shutil.copytree(data, folder, ignore=lambda p, _: ignore.get(p, ()), dirs_exist_ok=True)
 
 
 def show_removed(pairs, kept, nearest, count):
@@ -158,18 +142,23 @@ def write_filtered(data, out, judged, inputs, tokenizer):
     judged: name -> which pairs stay, bool (rows,)."""
     meta = read_json(data / "meta.json")
     meta |= {"made_by": "nanoembed", "script": "data/filter.py", "inputs": inputs, "filtered": {}}
+    skipped = {str(data): ["meta.json"], str(data / "stage2"): judged}
     with data_folder(out) as folder:
-        copy_data(data, folder, {data: ["meta.json"], data / "stage2": [*judged]})
+        try:
+            shutil.copytree(
+                data, folder, ignore=lambda p, _: skipped.get(p, ()), dirs_exist_ok=True
+            )
+        except shutil.Error as error:  # has a list of all files that failed
+            raise InputError("cannot copy {0}: {2}".format(*error.args[0][0])) from None
         for name, kept in judged.items():
             old, new, count = data / "stage2" / name, folder / "stage2" / name, int(kept.sum())
             meta["filtered"][name] = {"rows": len(kept), "kept": count}
             meta["rows"][f"stage2/{name}"] = count
             if count:
-                before = read_json(old / "meta.json")
-                write_source(new, (), before["prefixes"], tokenizer, stored=[old], keep=kept)
-                if "weight" in before:
-                    path = new / "meta.json"
-                    write_json(path, {**read_json(path), "weight": before["weight"]})
+                before = read_json(old / "meta.json")  # with the weight of a source, if it has one
+                pairs = (pair for _, pair in read_json_lines(old / "pairs.jsonl"))
+                write_source(new, itertools.compress(pairs, kept), before["prefixes"], tokenizer)
+                write_json(new / "meta.json", {**before, **read_json(new / "meta.json")})
         if not any(folder.glob("stage2/*/meta.json")):
             raise InputError("--judge: it keeps no pair of stage 2")
         write_json(folder / "meta.json", meta)
@@ -191,8 +180,11 @@ def main(arguments):
     wanted = [name for name in options.sources.split(",") if name] or names
     if unknown := set(wanted) - set(names):
         raise InputError(f"--sources={min(unknown)}: {data}/stage2 has {', '.join(names)}")
+    if data.resolve() in (out.resolve(), *out.resolve().parents):
+        raise InputError(f"--out={out} is within {data}, which is read: choose another")
     how = {key: value for key, value in asdict(options).items() if key not in ("out", "show")}
-    how["data"] = fingerprint(data / "meta.json")
+    read = [data / "meta.json", *sorted(data.glob("stage[23]/*/pairs.jsonl"))]
+    how["data"] = list(map(fingerprint, read))
     if not options.judge.startswith("st:"):
         how["weights"] = fingerprint(find_checkpoint(options.judge) / "model.safetensors")
     inputs = {**read_json(data / "meta.json").get("inputs", {}), "filtered": how}

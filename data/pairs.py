@@ -6,6 +6,7 @@
     python data/pairs.py faq.jsonl --stage3=labelled.jsonl  # weak pairs, and supervised ones
     python data/pairs.py papers.jsonl.gz:clustering         # with the task prefix of both sides
     python data/pairs.py faq.jsonl:search_query:search_document         # or of each, the default
+    python data/pairs.py titles.jsonl --columns=set         # a list of texts that say the same
     python data/pairs.py news.jsonl --columns=title,body --text=wiki.jsonl.gz
     python data/pairs.py --paper --sources=squad,eli5 --limit=10000     # a sample, from the hub
 
@@ -17,7 +18,6 @@ itself, only on local files of each form.
 """
 
 import csv
-import hashlib
 import itertools
 import json
 import re
@@ -35,6 +35,7 @@ from data.tasks import read_texts, write_jsonl, write_task
 
 SAMPLE = 10_000  # rows of a source that its retrieval task and the tokenizer are made from
 COLUMNS = ["query", "document", "negatives"]
+TASKS = "search_query|search_document|classification|clustering|none"  # prefixes; none is no prefix
 SURROGATE = re.compile("[\ud800-\udfff]")
 SUFFIX = re.compile(r"\.(jsonl?|csv|parquet)(\.gz)?$")
 
@@ -43,7 +44,7 @@ SUFFIX = re.compile(r"\.(jsonl?|csv|parquet)(\.gz)?$")
 class Options:
     out: str = "out/pairs"  # the data folder to write
     stage3: str = ""  # sources of stage 3, FILE or FILE:PREFIX, separated by commas
-    columns: str = "query,document,negatives"  # the names of query, document and negatives
+    columns: str = "query,document,negatives"  # their names, or of one column with a list of texts
     text: str = ""  # text for stage 1: files with a column "text", separated by commas
     tokenizer: str = ""  # a tokenizer.json to use; default: a new one
     vocab_size: int = 8192  # of the new tokenizer; the paper has 30,522 [300, 1000000]
@@ -101,11 +102,11 @@ def read_dataset(place, suffix):
     except ImportError:
         raise InputError(f"{place} needs: pip install -r requirements-dev.txt") from None
     try:
-        given, how = place.split(), {"split": "train", "streaming": True}
+        names, how = place.split(), {"split": "train", "streaming": True}
         if suffix:  # lines of JSON are read as text, since they may be lists
-            given, how["data_files"] = ["parquet" if suffix[1] == "parquet" else "text"], place
-        rows = datasets.load_dataset(*given, **how)
-        yield from (row["text"] for row in rows) if given == ["text"] else rows
+            names, how["data_files"] = ["parquet" if suffix[1] == "parquet" else "text"], place
+        rows = datasets.load_dataset(*names, **how)
+        yield from (row["text"] for row in rows) if names == ["text"] else rows
     except Exception as error:  # files, the network and the hub fail in many ways
         reason = str(error.__cause__ or error).strip().split("\n")[0][:200]
         raise InputError(f"{place} cannot be read: {reason}") from None
@@ -114,20 +115,22 @@ def read_dataset(place, suffix):
 def pairs_in(row, source):
     """The pairs of a row, as dicts. Raises ValueError(fault) for a row that has none.
 
-    Forms: an object with the columns of the source, where an object may have several documents;
-    [query, document, negative ...]; {"set": [...]} of texts that say the same."""
+    Forms: an object with the columns of the source, which may have several documents; if the source
+    has one column, a list of texts there that say the same; [query, document, negative ...]."""
     try:
         row = json.loads(row) if isinstance(row, str) else row
     except (ValueError, RecursionError):
         row = None
-    if isinstance(row, dict) and isinstance(row.get("set"), list):
-        row = row["set"][:2]
-    if isinstance(row, list):
-        query, documents, negatives = (*row[:2], None, None)[:2] + (row[2:],)
-    elif isinstance(row, dict) and None in row:  # csv.DictReader's name for what is left over
+    columns = source.columns
+    if isinstance(row, dict) and None in row:  # csv.DictReader's name for what is left over
         raise ValueError("more fields than the header")
+    if isinstance(row, dict) and len(columns) == 1:
+        same = row.get(*columns)
+        row = same[:2] if isinstance(same, list) else [same]
+    if isinstance(row, list):
+        query, documents, negatives = (*row, None, None)[:2] + (row[2:],)
     elif isinstance(row, dict):
-        query, documents, negatives = (row.get(name) for name in [*source.columns, None][:3])
+        query, documents, negatives = [*map(row.get, columns), None][:3]
     else:
         raise ValueError("not a JSON object")
     documents = documents if isinstance(documents, list) else [documents]
@@ -140,12 +143,8 @@ def pairs_in(row, source):
     query, *texts = ((text or "").strip() for text in texts)
     documents, negatives = texts[: len(documents)], list(filter(None, texts[len(documents) :]))
     if not query or not documents or "" in documents:
-        raise ValueError(f"no {source.columns[1 if query else 0]}")
+        raise ValueError(f"no {columns[:2][-1] if query else columns[0]}")
     return [dict(zip(COLUMNS, (query, text, negatives), strict=True)) for text in documents]
-
-
-# ------------------------------------------------------------------------------------------------
-# Holding out
 
 
 def hold_out(source, options, folder):
@@ -155,35 +154,29 @@ def hold_out(source, options, folder):
     for pair in read_pairs(source, min(SAMPLE, options.limit or SAMPLE), faults):
         answers.setdefault(pair["query"], []).append(pair["document"])
     if not answers:
-        found = "; ".join(f"{fault} in {first}" for fault, (_, first) in faults.items())
+        reasons = "; ".join(f"{fault} in {first}" for fault, (_, first) in faults.items())
         columns = ", ".join(source.columns)
-        raise InputError(f"{source.name}: {found or 'no rows'}; its columns should be {columns}")
+        raise InputError(f"{source.name}: {reasons or 'no rows'}; its columns should be {columns}")
 
     def documents_of(queries):
         return [document for query in queries for document in answers[query]]
 
-    def order(query):  # queries of one document stay together
-        return hashlib.blake2b(answers[query][0].encode(), digest_size=8).digest()
-
-    queries, count = sorted(answers, key=order), min(options.queries, len(answers) // 10)
+    # in random order, but queries of one document stay together
+    queries = sorted(answers, key=lambda query: fingerprint(answers[query][0].encode()))
+    count = min(options.queries, len(answers) // 10)
     if count < 2:
-        count = 0
-        print(f"{source.name}: no held-out queries: it has fewer than 20")
-    dev = -(-2 * count // 5)
-    splits = {"dev": queries[:dev], "test": queries[dev:count]}
+        count, few = 0, "it has fewer than 20 different ones"
+        reason = few if options.queries > 1 else f"--queries={options.queries}, 2 are the least"
+        print(f"{source.name}: no held-out queries: {reason}")
+    splits = {"dev": queries[: round(0.4 * count)], "test": queries[round(0.4 * count) : count]}
     if source.stage > 1 and count:
         names = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(documents_of(queries)))}
-        corpus, asked = {name: text for text, name in names.items()}, {}
-        for split, found in splits.items():
-            asked[split] = [(query, [names[text] for text in answers[query]]) for query in found]
-        task = folder / "retrieval" / source.name
-        write_task(task, corpus, asked, tuple(source.prefixes.values()))
+        corpus, judged = {name: text for text, name in names.items()}, {}
+        for split, asked in splits.items():
+            judged[split] = [(query, [names[text] for text in answers[query]]) for query in asked]
+        write_task(folder / "retrieval" / source.name, corpus, judged, source.prefixes.values())
     training = itertools.chain(queries[count:], documents_of(queries[count:]))
     return training, set(queries[:count]), {s: documents_of(splits[s]) for s in splits}
-
-
-# ------------------------------------------------------------------------------------------------
-# Writing
 
 
 def write_pairs(folder, source, limit, tokenizer, held_out, queries):
@@ -191,12 +184,14 @@ def write_pairs(folder, source, limit, tokenizer, held_out, queries):
     earlier rows. Returns the number of rows, and reason -> how many were left out."""
     faults = {}
     pairs = (pair for pair in read_pairs(source, limit, faults) if pair["query"] not in queries)
-    given = (source.prefixes, tokenizer, held_out)
-    rows, left_out = prepare.write_source(folder, pairs, *given, distinct=True)
-    if not rows:
-        raise InputError(f"{source.name}: no row is left")
-    print(f"  {'/'.join(folder.parts[-2:]):34} {rows:10,} rows")
+    rows, left_out = prepare.write_source(
+        folder, pairs, source.prefixes, tokenizer, held_out, distinct=True
+    )
     left_out |= {fault: count for fault, (count, _) in faults.items()}
+    if not rows:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        raise InputError(f"{source.name}: no row is left: {reasons or 'all are held out'}")
+    print(f"  {'/'.join(folder.parts[-2:]):34} {rows:10,} rows")
     for reason, count in left_out.items():
         first = f", the first in {faults[reason][1]}" if reason in faults else ""
         print(f"    left out: {count:,} {reason}{first}")
@@ -215,28 +210,31 @@ def make(sources, options, inputs):
     with prepare.data_folder(out) as folder:
         queries, training, texts = {}, [], {"dev": {}, "test": {}}
         for source in sources:
-            sample, queries[source.name], held_out = hold_out(source, options, folder)
+            sample, queries[source.name], documents = hold_out(source, options, folder)
             training += [] if tokenizer else sample
             for split in texts:
-                texts[split] |= dict.fromkeys(held_out[split])
+                texts[split] |= dict.fromkeys(documents[split])
         tokenizer = tokenizer or prepare.train_tokenizer(training, options.vocab_size)
         prepare.save_tokenizer(folder, tokenizer)
         tasks = [*sorted(folder.glob("retrieval/*")), *filter(None, options.held_out.split(","))]
         held_out, counts, left_out = HeldOut(held_out_texts(tasks), tokenizer), {}, {}
         for source in sources:
             name = f"stage{source.stage}/{source.name if source.stage > 1 else 'train'}"
-            given = (options.limit, tokenizer, held_out, queries[source.name])
-            counts[name], left_out[name] = write_pairs(folder / name, source, *given)
+            counts[name], left_out[name] = write_pairs(
+                folder / name, source, options.limit, tokenizer, held_out, queries[source.name]
+            )
         if "stage1/train" not in counts:
-            given = (folder / "stage1/train", (), {}, tokenizer)
-            stored = [folder / name for name in counts]
-            counts["stage1/train"], _ = prepare.write_source(*given, stored=stored, distinct=True)
+            stored, new = [folder / name for name in counts], folder / "stage1/train"
+            counts["stage1/train"], _ = prepare.write_source(
+                new, (), {}, tokenizer, stored=stored, distinct=True
+            )
         for split in texts:
             column = ({"document": text} for text in texts[split])
             prepare.write_source(folder / "stage1" / split, column, {}, tokenizer)
-        corpora = sorted(folder.glob("retrieval/*/corpus.jsonl"))
-        found = itertools.chain.from_iterable(read_texts(path).values() for path in corpora)
-        rows = ({"_id": str(i), "text": text} for i, text in enumerate(dict.fromkeys(found)))
+        corpus = {}
+        for path in sorted(folder.glob("retrieval/*/corpus.jsonl")):
+            corpus |= dict.fromkeys(read_texts(path).values())
+        rows = ({"_id": str(i), "text": text} for i, text in enumerate(corpus))
         write_jsonl(folder / "search" / "corpus.jsonl", rows)
         prepare.print_unknown(folder)
         meta = {"made_by": "nanoembed", "inputs": inputs, "rows": counts, "left out": left_out}
@@ -251,25 +249,24 @@ def make(sources, options, inputs):
 
 def source_of(argument, stage, columns):
     """The source of PATH, PATH:PREFIX or PATH:QUERY PREFIX:DOCUMENT PREFIX, with hub names too."""
-    path, *tasks = argument.split(":")
-    if len(tasks) > 2 or "" in tasks:
-        raise InputError(f"{argument}: give FILE, FILE:PREFIX or FILE:QUERY PREFIX:DOCUMENT PREFIX")
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+( [\w.-]+)?", path) and not SUFFIX.search(path)
-    if not on_hub:
+    path, *tasks = re.fullmatch(rf"(.*?)(?::({TASKS}))?(?::({TASKS}))?", argument, re.S).groups()
+    tasks = list(filter(None, tasks)) or ["search_query", "search_document"]
+    if SUFFIX.search(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+( [\w.-]+)?", path):  # no hub name
         check_file(path)
-    prefixes = prefixes_of(tasks or ["search_query", "search_document"])
-    return Pairs(SUFFIX.sub("", Path(path).resolve().name), stage, prefixes, [path], columns)
+    name = SUFFIX.sub("", Path(path).resolve().name)
+    return Pairs(name, stage, prefixes_of(tasks), [path], columns)
 
 
 def check_file(path):
     if not Path(path).is_file() or not SUFFIX.search(path):
-        raise InputError(f"{path}: there is no such .jsonl, .csv or .parquet file")
+        names = ".jsonl, .csv or .parquet file; prefixes are " + TASKS.replace("|", ", ")
+        raise InputError(f"{path}: there is no such {names}")
 
 
 def prefixes_of(tasks):
     """[task of queries, task of documents] or [task of both] -> prefixes. none is no prefix."""
-    query, document = ("" if task == "none" else f"{task}: " for task in (tasks[0], tasks[-1]))
-    return {"query": query, "document": document}
+    prefixes = ["" if task == "none" else f"{task}: " for task in (tasks[0], tasks[-1])]
+    return dict(zip(COLUMNS, prefixes, strict=False))
 
 
 def paper_table():
@@ -301,7 +298,7 @@ def main(arguments):
         [x for x in value.split(",") if x]
         for value in (options.sources, options.stage3, options.text, options.columns)
     )
-    if not 2 <= len(columns) <= 3:
+    if not 1 <= len(columns) <= 3:
         raise InputError(f"--columns={options.columns}: give two names, or three with negatives")
     sources, places = paper_sources(names) if options.paper else ([], [])
     sources += [source_of(file, 2, columns) for file in files]

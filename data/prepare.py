@@ -7,6 +7,7 @@ copies and held-out text are found.
 import hashlib
 import itertools
 import json
+import shutil
 import tempfile
 from array import array
 from collections import Counter
@@ -72,6 +73,7 @@ def train_tokenizer(texts, vocab_size):
     trained.normalizer, trained.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
     trained.decoder = tokenizers.decoders.WordPiece(prefix="##")
     trained.add_special_tokens(SPECIAL_TOKENS)
+    trained.encode_special_tokens = True  # "[MASK]" in a text is text, as for load_tokenizer
     ends = [(token, trained.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     trained.post_processor = tokenizers.processors.TemplateProcessing(
         "[CLS] $A [SEP]", special_tokens=ends
@@ -98,38 +100,44 @@ def encode_rows(rows, tokenizer):
 
 
 def stored_rows(folders, tokenizer):
-    """Yields the rows of sources on disk."""
+    """Yields the rows of sources on disk. Raises InputError where one has not a line for each."""
     for folder in map(Path, folders):
         source, path = Source(folder, tokenizer), folder / "pairs.jsonl"
-        lines = path.open("rb") if path.is_file() else itertools.repeat(b"", len(source))
-        for i in range(len(source)):
-            places = {name: [i] for name in source.columns} | {"negative": source.negatives(i)}
-            row = {n: [source.columns[n][j] for j in places[n]] for n in places}
-            yield row, next(lines, b"")
+        lines = path.open("rb") if path.is_file() else ()
+        if not source.prefixes:  # stage 1 has no text beside the tokens
+            lines = itertools.repeat(b"\n", len(source))
+        for i, line in enumerate(itertools.chain(lines, [b""])):
+            if (i < len(source)) != line.endswith(b"\n"):
+                raise InputError(f"{path} is damaged: not {len(source):,} lines; prepare it again")
+            if line:
+                places = {name: [i] for name in source.columns} | {"negative": source.negatives(i)}
+                yield {n: [source.columns[n][j] for j in places[n]] for n in places}, line
 
 
 def without_repeats(rows, names, held_out, distinct, left_out):
     """Yields the rows that write_source writes, and counts the others by reason."""
     seen = set()
-    for row, line in rows:
-        reason = ""
-        if distinct:
-            key = hash(b"".join(row[name][0].tobytes() for name in names if name != "negative"))
-            reason = "copy of another row" if key in seen else ""
-            seen.add(key)
-        if held_out and not reason:
-            reason = REASONS[max(held_out.find(ids) for name in names for ids in row[name])]
-        if reason:
-            left_out[reason] += 1
-        else:
-            yield row, line
+    while batch := list(itertools.islice(rows, BATCH)):
+        texts = [[ids for name in names for ids in row[name]] for row, _ in batch]
+        repeats = np.zeros(len(batch), int)
+        if held_out:
+            found = held_out.find([*itertools.chain.from_iterable(texts)])
+            repeats = np.maximum.reduceat(found, np.cumsum([0, *map(len, texts[:-1])]))
+        for (row, line), repeat in zip(batch, repeats, strict=True):
+            reason = REASONS[repeat]
+            if distinct:
+                key = hash(b"".join(row[name][0].tobytes() for name in names if name != "negative"))
+                reason = "copy of another row" if key in seen else reason
+                seen.add(key)
+            if reason:
+                left_out[reason] += 1
+            else:
+                yield row, line
 
 
-def write_source(
-    folder, rows, prefixes, tokenizer, held_out=None, stored=(), keep=None, distinct=False
-):
+def write_source(folder, rows, prefixes, tokenizer, held_out=None, stored=(), distinct=False):
     """Writes a source (data/store.py): rows of text, then those of the sources in the folders
-    `stored`, of which keep (n,) says which to write; None is all.
+    `stored`.
 
     rows: {"query": text, "document": text, "negatives": texts}, where negatives may be missing, or
     {"document": text} where prefixes is empty. held_out: a HeldOut, whose texts no row may repeat.
@@ -139,9 +147,7 @@ def write_source(
     prefixes = {**prefixes, "negative": prefixes["document"]} if prefixes else {}
     names, unknown_id = list(prefixes) or ["document"], tokenizer.token_to_id("[UNK]")
     offsets, first_negative = {name: array("q", [0]) for name in names}, array("q", [0])
-    old = stored_rows(stored, tokenizer)
-    old = old if keep is None else itertools.compress(old, keep)
-    rows = itertools.chain(encode_rows(rows, tokenizer), old)
+    rows = itertools.chain(encode_rows(rows, tokenizer), stored_rows(stored, tokenizer))
     folder.mkdir(parents=True)
     with ExitStack() as stack:
         paths = {name: folder / f"{name}.tokens.bin" for name in names}
@@ -237,17 +243,21 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, a
         checked, stored, name = None, (), f"stage1/{split}"
         if split == "train":
             checked, stored = held_out, [path / name for path in add]
-        found = ({"document": text} for text in column)
-        written[name] = write_source(folder / name, found, {}, tokenizer, checked, stored)
-    for name, found in pairs.items():
-        if found:
-            found = ({"query": query, "document": document} for query, document in found)
-            given = dict(zip(("query", "document"), prefixes[Path(name).name], strict=True))
-            written[name] = write_source(folder / name, found, given, tokenizer, held_out)
+        rows = ({"document": text} for text in column)
+        written[name] = write_source(folder / name, rows, {}, tokenizer, checked, stored)
+    for name, own in pairs.items():
+        twin = name.replace("stage3", "stage2")
+        if own and own is pairs.get(twin) and twin in written:  # the same pairs in both stages
+            shutil.copytree(folder / twin, folder / name)
+            written[name] = written[twin]
+        elif own:
+            rows = ({"query": query, "document": document} for query, document in own)
+            both = dict(zip(("query", "document"), prefixes[Path(name).name], strict=True))
+            written[name] = write_source(folder / name, rows, both, tokenizer, held_out)
     for path in itertools.chain.from_iterable(sorted(p.glob("stage[23]/*")) for p in add):
         name = f"{path.parent.name}/{path.name}-{path.parents[1].name}"
-        given = read_json(path / "meta.json")["prefixes"]
-        written[name] = write_source(folder / name, (), given, tokenizer, held_out, [path])
+        both = read_json(path / "meta.json")["prefixes"]
+        written[name] = write_source(folder / name, (), both, tokenizer, held_out, [path])
 
     rows = {name: count for name, (count, _) in written.items()}
     weigh(folder, pairs, rows)
@@ -296,6 +306,10 @@ def show_pairs(folder, count, added=()):
         with open(path, "rb") as file:
             file.seek(rng.integers(path.stat().st_size))
             file.readline()  # the rest of a line
-            pair = json.loads(file.readline() or path.open("rb").readline())
-        print(f"\n--- {path.parent.name}\n{pair['query']}\n  ->")
-        print("\n".join(f"  {line}" for line in pair["document"].split("\n")[:8]))
+            line = file.readline() or path.open("rb").readline()
+        try:
+            pair = json.loads(line)
+            query, document = pair["query"], pair["document"].split("\n")[:8]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"{path} is damaged: not a pair: {line[:60]}") from None
+        print("", f"--- {path.parent.name}", query, "  ->", *(f"  {x}" for x in document), sep="\n")

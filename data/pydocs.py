@@ -10,7 +10,7 @@ One docstring gives several kinds of pairs, as one web page did in the paper (se
     stage 2, weak pairs    name -> docstring, summary -> code, heading -> section,
                            first half -> second half, comment -> the code below it,
                            name -> code of functions without a docstring
-    stage 3, supervised    summary line -> body
+    stage 3, supervised    summary line -> body, and summary -> code again
     held out               whole modules of the core packages, chosen by a hash of their names:
                            dev to tune on, test to report; near duplicates are removed first
 
@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.options import InputError, cli, read_options
 from data.docstrings import package_root, read_packages
-from data.duplicates import NearDuplicates, words
+from data.duplicates import NearDuplicates, runs_of, words
 from data.prepare import (
     LONG,
     LONGEST,
@@ -44,7 +44,6 @@ from data.prepare import (
     write_folder,
 )
 
-DEFAULT = "out/pydocs"
 NEEDED_BY_TORCH = "filelock fsspec jinja2 markupsafe mpmath networkx setuptools sympy triton"
 NEEDED_BY_TORCH += " typing_extensions"
 PREFIXES = {  # source -> prefixes of its queries and documents, chosen as in the paper (sec. 4.2.2)
@@ -61,7 +60,7 @@ EVALUATED = ("summary-body", "summary-code")  # these are retrieval tasks too
 
 @dataclass
 class Options:
-    out: str = DEFAULT  # the data folder to write
+    out: str = "out/pydocs"  # the data folder to write
     core: str = "stdlib,torch,numpy,tokenizers,tqdm"  # packages with held-out modules
     vocab_size: int = 8192  # of the WordPiece tokenizer that is trained [300, 1000000]
     show: int = 0  # how many pairs to print, drawn at random from all sources [0, 1000]
@@ -170,9 +169,10 @@ def assemble(entries, docstrings, core):
         rows = [(spell(e.text), e.code[:LONGEST]) for e in own]
         rows = [row for row in rows if acceptable(*row)]
         rows = itertools.compress(rows, NearDuplicates().add_new([code for _, code in rows]))
-        rows = [row for row in rows if not held_out_code.has_near(words(row[1]))]
+        rows = [row for row in rows if not held_out_code.has_near(runs_of(row[1]))]
         pairs[f"stage2/{kind}-code"] = rows
 
+    pairs["stage3/summary-code"] = pairs["stage2/summary-code"]  # or stage 3 would forget code
     tasks = {}  # source -> (all documents of core modules, queries of held-out ones)
     asked = Counter(summary_and_body(entry.text)[0].lower() for entry in docstrings)
     for source in EVALUATED:
@@ -196,18 +196,13 @@ def long_documents(docstrings, core):
     return [page for page in pages if len(words(page)) >= LONG]
 
 
-# ------------------------------------------------------------------------------------------------
-
-
 def prepare(options):
     """Writes the data folder, unless it is there for the same packages and versions."""
     began, out = time.time(), Path(options.out)
     core = [package for package in options.core.split(",") if package]
     for package in core:
         if package_root(package) is None:
-            raise InputError(
-                f"{package} is not installed here as Python source: pip install {package}"
-            )
+            raise InputError(f"{package} is not installed as Python source: pip install {package}")
     needed = NEEDED_BY_TORCH.split() if "torch" in core else []
     packages = [*core, *(p for p in needed if p not in core and package_root(p))]
     inputs = {"script": "data/pydocs.py", "vocab_size": options.vocab_size, "core": core}
@@ -225,19 +220,6 @@ def prepare(options):
         print(f"wrote {out} in {time.time() - began:.0f} s")
     if options.show:
         show_pairs(out, options.show)
-
-
-def make_if_missing(folder):
-    """Prepares the default data where it is missing. Raises InputError for any other folder that is
-    no data folder."""
-    if not Path(folder, "meta.json").is_file():
-        if str(folder) != DEFAULT:
-            raise InputError(
-                f"{folder} is not a data folder: python data/pydocs.py --out={folder} makes one of "
-                "the built-in data, data/folder.py or data/pairs.py of your own"
-            )
-        print(f"{folder} is missing: preparing it, as python data/pydocs.py does", flush=True)
-        prepare(Options())
 
 
 def version_of(package):

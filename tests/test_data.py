@@ -14,18 +14,18 @@ from tiny import cases
 from common.files import write_json
 from common.options import InputError
 from data import docstrings, prepare, pydocs
+from data.batches import PairBatches
 from data.duplicates import HeldOut, NearDuplicates, words
 from data.prepare import data_folder, split_of
-from data.store import PairBatches, Sequences, Source, encode, open_sources
+from data.sequences import Sequences
+from data.store import Source, encode, open_sources
 from data.tasks import read_task
+
+PREFIXES = {"query": "", "document": ""}
 
 
 def rows_of(path):
     return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
-
-
-# ------------------------------------------------------------------------------------------------
-# Batches
 
 
 def test_a_batch_comes_from_one_source_and_an_epoch_has_every_row_once(data, data_tokenizer):
@@ -101,10 +101,6 @@ def test_weights_that_are_none_are_named(weights, data, data_tokenizer):
         PairBatches(sources, 4, 3, weights)
 
 
-# ------------------------------------------------------------------------------------------------
-# Texts on disk
-
-
 def test_stored_texts_are_what_the_tokenizer_makes_of_prefix_and_text(data, data_tokenizer):
     """Training reads ids from disk, evaluation tokenises strings: both must be the same."""
     for source in open_sources(data / "stage2", data_tokenizer):
@@ -158,8 +154,21 @@ def test_a_damaged_source_is_an_error_that_names_it(data, data_tokenizer, tmp_pa
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------
-# Near duplicates
+@cases("change", [lambda d: d[: len(d) // 2], lambda d: d[:-1], lambda d: d * 2, lambda d: b""])
+def test_text_that_does_not_fit_the_tokens_is_not_copied(data, data_tokenizer, tmp_path, change):
+    folder = shutil.copytree(data / "stage2/halves", tmp_path / "halves")
+    path = folder / "pairs.jsonl"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(InputError, match="halves/pairs.jsonl is damaged: not .* lines; prepare"):
+        prepare.write_source(tmp_path / "new", (), PREFIXES, data_tokenizer, stored=[folder])
+
+
+@cases("text", ["[1]", '{"query": "cut', '{"query": "a"}', '{"query": "a", "document": 3}', "\xff"])
+def test_pairs_that_cannot_be_shown_are_named(tmp_path, text):
+    (tmp_path / "stage2/faq").mkdir(parents=True)
+    (tmp_path / "stage2/faq/pairs.jsonl").write_text(text, "latin-1")
+    with pytest.raises(InputError, match="faq/pairs.jsonl is damaged: not a pair"):
+        prepare.show_pairs(tmp_path, 1)
 
 
 def test_splits_are_by_module_and_the_same_everywhere():
@@ -187,42 +196,46 @@ def word_tokenizer():
 
 
 def test_near_duplicates_agree_with_runs_counted_by_hand(word_tokenizer):
-    """Parts of held-out texts between other words."""
+    """Parts of held-out texts between other words. Some held-out texts share half with another."""
     (tokenizer, words), rng = word_tokenizer, np.random.default_rng(0)
     held = [rng.choice(words, 40).tolist() for _ in range(20)]
+    held += [[*first[20:], *second[:20]] for first, second in zip(held, held[1:], strict=False)]
     texts = []
-    for i in range(300):
+    for i in range(400):
         start = rng.integers(0, 25)
-        part = held[i % 20][start : start + rng.integers(3, 25)]
+        part = held[i % len(held)][start : start + rng.integers(3, 40)]
         texts.append([*rng.choice(words, rng.integers(0, 15)), *part, *part[:4]])
 
     def runs(text):
         return {tuple(text[i : i + 8]) for i in range(max(1, len(text) - 7))}
 
     index = HeldOut(map(" ".join, held), tokenizer)
-    found = np.array(list(map(index.find, encode(tokenizer, map(" ".join, texts)))))
+    found = np.array(index.find(encode(tokenizer, map(" ".join, texts))))
     expected = []
     for text in map(runs, texts):
         pairs = [(len(text & other), min(len(text), len(other))) for other in map(runs, held)]
         expected.append(any(count >= max(8, 0.5 * fewer) for count, fewer in pairs))
-    assert (found > 0).tolist() == expected and 20 < sum(expected) < 280
+    assert (found > 0).tolist() == expected and 20 < sum(expected) < 380
 
 
 def test_held_out_text_is_found_and_quotes_and_unknown_scripts_are_not(word_tokenizer):
     (tokenizer, words), rng = word_tokenizer, np.random.default_rng(0)
     held, other = (" ".join(rng.choice(words, 40)) for _ in range(2))
     parts = held.split()
-    texts = {held.upper() + "!!": 2, "A short, one.": 2, other: 0}
+    texts = {held.upper() + "!!": 2, "A short, one.": 2, other: 0, "Ban": 2, "bak DOL": 2}
     texts |= {
-        "a short": 0,  # too short to say anything
+        "a short": 0,  # a part
+        "bak": 0,
+        "ban мороз": 0,  # what [UNK] stands for may be anything
         f"{other} {held} {other}": 1,  # it stands within another text
         " ".join(parts[:26]) + " " + other: 1,  # more than half of it
         " ".join(parts[:4]) + " " + other: 0,  # a few words of it
         " ".join(reversed(parts)): 0,
         "жили были дед и баба": 0,  # another text that is nothing but [UNK]
     }
-    index = HeldOut([held, "a short one", "мороз и солнце день чудесный"], tokenizer)
-    assert list(map(index.find, encode(tokenizer, texts))) == list(texts.values())
+    short = ["a short one", "Bak dol", "ban", "ban солнце"]
+    index = HeldOut([held, *short, "мороз и солнце день чудесный"], tokenizer)
+    assert index.find(encode(tokenizer, texts)) == list(texts.values())
 
 
 def test_held_out_documents_are_not_in_the_training_text(data):
@@ -246,9 +259,6 @@ def test_held_out_documents_are_not_in_the_training_text(data):
                 leaks += [name] * (sum(run in training for run in runs) > 0.5 * max(1, len(runs)))
         assert count > 20 and len(leaks) <= max(1, count // 100), leaks
 
-
-# ------------------------------------------------------------------------------------------------
-# Reading Python
 
 SOURCE = '''"""About this module. It does two things."""
 
@@ -300,10 +310,6 @@ def test_compiled_functions_of_torch_and_numpy_are_there():
     assert documented["numpy._core.multiarray.array"].startswith("Create an array")
 
 
-# ------------------------------------------------------------------------------------------------
-# The script, and the folder that it writes
-
-
 def test_every_process_prepares_equal_files_and_the_same_command_does_nothing(tmp_path, capsys):
     small = ["--core=tqdm", "--vocab-size=1024"]
     pydocs.main([f"--out={tmp_path}/a", *small])
@@ -322,21 +328,10 @@ def test_every_process_prepares_equal_files_and_the_same_command_does_nothing(tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_a_missing_package_and_a_missing_folder_are_one_line_and_leave_nothing(tmp_path):
+def test_a_missing_package_is_one_line_and_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="no_such_package is not installed"):
         pydocs.main([f"--out={tmp_path}/a", "--core=no_such_package"])
-    with pytest.raises(InputError, match="python data/pydocs.py --out=.*a makes one"):
-        pydocs.make_if_missing(str(tmp_path / "a"))
     assert not list(tmp_path.iterdir())
-
-
-def test_the_embedded_data_is_made_where_it_is_missing(data, tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(pydocs, "prepare", made.append)
-    monkeypatch.chdir(tmp_path)
-    pydocs.make_if_missing("out/pydocs")
-    pydocs.make_if_missing(str(data))
-    assert made == [pydocs.Options()]
 
 
 OTHERS = [{"letter.txt": "dear"}, {"meta.json": '{"made_by": "somebody"}'}]

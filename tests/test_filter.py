@@ -75,10 +75,6 @@ def run(folder, judge, *options):
     return folder.with_name(folder.name + "-filtered")
 
 
-# ------------------------------------------------------------------------------------------------
-# The rule
-
-
 @pytest.mark.parametrize("top", [1, 2, 7])
 def test_a_pair_stays_if_fewer_than_top_documents_are_nearer(top):
     query, document = unit_rows(300), unit_rows(200, seed=1)
@@ -131,10 +127,6 @@ def test_pairs_are_compared_within_blocks_of_equal_size(folder, judge):
         assert np.array_equal(kept[begin : begin + 10], expected)
 
 
-# ------------------------------------------------------------------------------------------------
-# The folder
-
-
 def test_rows_that_stay_keep_their_tokens_and_all_else_is_copied(folder, judge):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     out = run(folder, judge)
@@ -160,10 +152,6 @@ def test_rows_that_stay_keep_their_tokens_and_all_else_is_copied(folder, judge):
     assert how["weights"] == fingerprint(judge / "model.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------
-# Bad input
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -172,9 +160,12 @@ def test_rows_that_stay_keep_their_tokens_and_all_else_is_copied(folder, judge):
         (["--judge=st:/nowhere"], "--judge=st:/nowhere does not open"),
         (["more"], "give one data folder"),
         (["--top=3", "--block=3"], "--top=3: in blocks of 3 pairs, all would stay"),
+        (["--out=./data/more"], "--out=data/more is within .*data, which is read"),
+        (["--out=data/../data"], "data is within .*data, which is read"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(options, message, folder, judge):
+def test_bad_input_is_one_line_and_leaves_nothing(options, message, folder, judge, monkeypatch):
+    monkeypatch.chdir(folder.parent)
     with pytest.raises(InputError, match=message) as error:
         run(folder, judge, *options)
     assert "\n" not in str(error.value)
@@ -190,13 +181,26 @@ def test_a_folder_that_is_there_is_not_overwritten(folder, judge, capsys, monkey
     assert before == {path: path.stat().st_mtime_ns for path in before}
     with pytest.raises(InputError, match="was made from other inputs .filtered."):
         run(folder, judge, "--top=1")
+    path = folder / "stage2/other/pairs.jsonl"
+    path.write_text(path.read_text()[::-1])
+    with pytest.raises(InputError, match="was made from other inputs .filtered."):
+        run(folder, judge)
 
 
-@pytest.mark.parametrize("extra", [1, -1])
-def test_text_that_does_not_fit_the_tokens_is_named(extra, folder, judge):
+def test_a_file_that_cannot_be_copied_is_named(folder, judge):
+    (folder / "link").symlink_to("nowhere")
+    with pytest.raises(InputError, match="cannot copy .*link: .*No such file") as error:
+        run(folder, judge)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("rows", [139, 141, '{"query": "a"}', '{"query": "a", "document": 3}'])
+def test_text_that_does_not_fit_the_tokens_is_named(rows, folder, judge):
     path = folder / "stage2/mixed/pairs.jsonl"
-    path.write_text("\n".join((lines(path) * 2)[: 140 + extra]) + "\n")
-    with pytest.raises(InputError, match="mixed/pairs.jsonl has not as many lines as its source"):
+    before = lines(path) * 2
+    before = [*before[:139], rows] if isinstance(rows, str) else before[:rows]
+    path.write_text("\n".join(before) + "\n")
+    with pytest.raises(InputError, match="mixed/pairs.jsonl has not 140 pairs: prepare"):
         run(folder, judge)
     assert [path.name for path in folder.parent.iterdir()] == ["data"]
 
@@ -206,15 +210,11 @@ def test_a_full_disk_is_named_and_leaves_nothing(folder, judge):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(InputError, match="cannot write .*File too large"):
+        with pytest.raises(InputError, match="cannot copy .*File too large"):
             run(folder, judge)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in folder.parent.iterdir()] == ["data"]
-
-
-# ------------------------------------------------------------------------------------------------
-# Processes, and other judges
 
 
 def test_several_processes_keep_the_same_pairs(folder, judge):

@@ -62,10 +62,6 @@ def stored(source):
     return rows
 
 
-# ------------------------------------------------------------------------------------------------
-# What goes in comes out
-
-
 @pytest.mark.parametrize("name", ["faq.jsonl.gz", "faq.parquet"])
 def test_rows_and_their_negatives_come_back_from_disk(name, tmp_path):
     rows, out = pairs(300, negatives=3), tmp_path / "out"
@@ -90,7 +86,7 @@ FORMS = {  # file: row i, and the pairs that it gives
     "lists.jsonl": lambda i: (f'["ask {i}", "{i}", "not"]', [(f"ask {i}", f"{i}", ["not"])]),
     "sets.jsonl": lambda i: (f'{{"set": ["1 {i}", "2 {i}", "3"]}}', [(f"1 {i}", f"2 {i}", [])]),
     "several.jsonl": lambda i: (
-        f'{{"title": "{i}", "body": ["a {i}", "b {i}"], "no": ["c", null, ""]}}',
+        f'{{"set": ["v"], "title": "{i}", "body": ["a {i}", "b {i}"], "no": ["c", null, ""]}}',
         [(f"{i}", f"a {i}", ["c"]), (f"{i}", f"b {i}", ["c"])],
     ),
     "string.jsonl": lambda i: (
@@ -105,7 +101,8 @@ def test_other_forms_of_rows_are_read(name, tmp_path):
     rows, expected = zip(*map(FORMS[name], range(40)), strict=True)
     header = "\ufefftitle,body\n" if name == "lines.csv" else "\ufeff"
     (tmp_path / name).write_text(header + "\n".join(rows), encoding="utf-8")
-    meta = prepare(tmp_path / "out", tmp_path / name, "--columns=title,body,no")
+    columns = "set" if name == "sets.jsonl" else "title,body,no"
+    meta = prepare(tmp_path / "out", tmp_path / name, f"--columns={columns}")
     source = name.split(".")[0]
     assert not meta["left out"][f"stage2/{source}"]
     held = set(read_texts(tmp_path / f"out/retrieval/{source}/queries.jsonl").values())
@@ -118,12 +115,18 @@ def test_other_forms_of_rows_are_read(name, tmp_path):
     [
         ("faq.jsonl", "faq.jsonl", ("search_query: ", "search_document: ")),
         ("faq.jsonl:search_query:none", "faq.jsonl", ("search_query: ", "")),
+        ("a:b.jsonl", "a:b.jsonl", ("search_query: ", "search_document: ")),
+        (r"C:\notes\a.csv:clustering", r"C:\notes\a.csv", ("clustering: ", "clustering: ")),
+        ("none:none.jsonl:none", "none:none.jsonl", ("", "")),
         ("owner/name part:clustering", "owner/name part", ("clustering: ", "clustering: ")),
     ],
 )
-def test_prefixes_follow_a_colon(argument, place, prefixes, tmp_path, monkeypatch):
+def test_prefixes_are_names_behind_the_last_colons_and_all_else_is_the_path(
+    argument, place, prefixes, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "faq.jsonl").write_text("{}")
+    if "owner" not in place:
+        (tmp_path / place).write_text("{}")
     source = script.source_of(argument, 2, ["query", "document"])
     assert source.places == [place] and tuple(source.prefixes.values()) == prefixes
 
@@ -156,10 +159,6 @@ def test_limit_takes_the_first_rows_and_the_same_command_does_nothing(tmp_path, 
         prepare(out, file)
 
 
-# ------------------------------------------------------------------------------------------------
-# Held-out text, and faults
-
-
 def test_what_is_held_out_here_or_elsewhere_is_in_no_source(tmp_path):
     """Another source asks the same in other words, a third repeats the documents of a task."""
     prepare(tmp_path / "first", save(tmp_path / "old.jsonl", pairs(200, start=5000)))
@@ -167,6 +166,11 @@ def test_what_is_held_out_here_or_elsewhere_is_in_no_source(tmp_path):
     documents, _, judged, _ = read_task(task, "test")
     held = {documents[name] for answers in judged.values() for name in answers}
     leaked = [{"query": f"new {text[:9]}", "document": f"{text} and more"} for text in held][:3]
+    leaked += [{**pairs(1, 0, 940 + i)[0], "negatives": ["a", max(held)]} for i in range(2)]
+    leaked += [{"query": "an answer of one word", "document": "Yes."}]
+    with open(task / "corpus.jsonl", "a") as corpus, open(task / "qrels/test.tsv", "a") as qrels:
+        corpus.write('{"_id": "short", "text": "yes"}\n')
+        qrels.write("test-0\tshort\t1\n")
     again = [{**row, "query": f"again {row['query']}"} for row in pairs(200)]
     a, b, c = (
         save(tmp_path / f"{name}.jsonl", rows)
@@ -174,7 +178,8 @@ def test_what_is_held_out_here_or_elsewhere_is_in_no_source(tmp_path):
     )
     meta = prepare(tmp_path / "out", a, c, f"--stage3={b}", f"--held-out={task}")
     found = meta["contamination"]["sources"]
-    assert found["stage2/c"] == {"near held-out text": 3} and meta["rows"]["stage2/c"] == 9
+    assert found["stage2/c"] == {"near held-out text": 3, "equal to held-out text": 3}
+    assert meta["rows"]["stage2/c"] == 9
     for name in ("a", "b"):
         documents, _, judged, _ = read_task(tmp_path / "out/retrieval" / name, "test")
         held |= {documents[name] for answers in judged.values() for name in answers}
@@ -203,7 +208,9 @@ def test_faulty_rows_are_counted_by_reason_and_the_first_is_shown(tmp_path, caps
     reasons = list(FAULTS.values())
     assert meta["left out"]["stage2/a"] == {reason: reasons.count(reason) for reason in reasons}
     assert meta["rows"]["stage2/a"] == 50
-    assert "left out: 3 not a JSON object, the first in row 51: {" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "left out: 3 not a JSON object, the first in row 51: {" in printed
+    assert "no held-out queries: --queries=0" in printed and "fewer" not in printed
 
 
 COMMANDS = [
@@ -216,8 +223,11 @@ COMMANDS = [
     (["missing.jsonl"], r"missing\.jsonl: there is no such .jsonl, .csv or .parquet file"),
     (["good.txt"], r"good\.txt: there is no such"),
     (["good.jsonl", "--stage3=good.jsonl"], "two sources have one name, rename a file: good"),
-    (["good.jsonl", "--columns=a"], "--columns=a: give two names"),
-    (["good.jsonl:a:b:c"], "good.jsonl:a:b:c: give FILE, FILE:PREFIX or"),
+    (["good.jsonl", "--columns=a,b,c,d"], "--columns=a,b,c,d: give two names"),
+    (["good.jsonl", "--columns=set"], "good: no set in row 1"),
+    (["good.jsonl:querry"], "good.jsonl:querry: there is no such .*; prefixes are search_query, "),
+    (["good.jsonl:none:none:none"], "good.jsonl:none: there is no such"),
+    ([""], ": there is no such"),
     (["good.jsonl", "--text=other.jsonl"], "--text: no text in row 1"),
     (["good.jsonl", "--held-out=nowhere"], "nowhere/corpus.jsonl cannot be read"),
     ([], "no sources"),
@@ -240,10 +250,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, argumen
     with pytest.raises(InputError, match=reason):
         prepare("out", *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
-# ------------------------------------------------------------------------------------------------
-# The paper's data
 
 
 def test_the_table_is_that_of_the_paper():
