@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import distributed
-from common.checkpoint import find_checkpoint
+from common.checkpoint import find_checkpoint, weight_files
 from common.files import fingerprint, load_tokenizer, read_json, read_json_lines, write_json
 from common.options import InputError, cli, read_options, split_words
 from data.prepare import data_folder, is_made, write_source
@@ -186,7 +186,8 @@ def main(arguments):
     read = [data / "meta.json", *sorted(data.glob("stage[23]/*/pairs.jsonl"))]
     how["data"] = list(map(fingerprint, read))
     if not options.judge.startswith("st:"):
-        how["weights"] = fingerprint(find_checkpoint(options.judge) / "model.safetensors")
+        files = weight_files(find_checkpoint(options.judge))
+        how["weights"] = " ".join(map(fingerprint, files))
     inputs = {**read_json(data / "meta.json").get("inputs", {}), "filtered": how}
     if distributed.call_everywhere(lambda: is_made(out, inputs)):
         return

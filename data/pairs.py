@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.checkpoint import find_checkpoint
 from common.files import fingerprint, load_tokenizer, read_lines, write_json
 from common.options import InputError, cli, read_options, split_words
 from data import prepare
@@ -206,7 +207,8 @@ def make(sources, options, inputs):
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise InputError(f"two sources have one name, rename a file: {', '.join(names)}")
-    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    where = options.tokenizer and find_checkpoint(options.tokenizer)
+    tokenizer = load_tokenizer(where) if where else None
     with prepare.data_folder(out) as folder:
         queries, training, texts = {}, [], {"dev": {}, "test": {}}
         for source in sources:

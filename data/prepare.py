@@ -21,8 +21,9 @@ from tokenizers import Tokenizer
 from common.files import SPECIAL_TOKENS, fingerprint, read_json, write_json, write_whole
 from common.options import InputError
 from data.duplicates import REASONS, HeldOut, contamination, held_out_texts
+from data.prefixes import PREFIXES
 from data.store import Source, encode, id_type
-from data.tasks import PREFIXES, json_line, write_jsonl, write_task
+from data.tasks import json_line, write_jsonl, write_task
 
 SEARCH = PREFIXES["query"], PREFIXES["document"]
 LONGEST = 1200  # characters of a query or document that are kept for training, some 300 tokens
