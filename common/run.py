@@ -96,6 +96,10 @@ class Run:
             with own_file(self.out / "state.pt"):
                 model.load_state_dict(self.state["model"])
                 optimizer.load_state_dict(self.state["optimizer"])
+                if any(
+                    p.shape != moments["exp_avg"].shape for p, moments in optimizer.state.items()
+                ):
+                    raise ValueError("the optimizer is of another model")
             self.state = None
             distributed.print_once(f"continuing {self.out} at step {self.step}")
         total = sum(p.detach().double().sum().item() for p in model.parameters())
