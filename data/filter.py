@@ -51,7 +51,6 @@ class Options:
     sources: str = ""  # sources of stage 2 to filter, separated by commas; default: all
     top: int = 2  # a pair stays if its document is among this many nearest to its query [code]
     block: int = 1_000_000  # pairs that are compared with one another, at most (sec. 4.2.1)
-    max_tokens: int = 0  # texts are truncated to this; 0: the judge's trained length [0, 1000000]
     show: int = 3  # how many removed pairs of each source to print, drawn at random [0, 1000]
 
 
@@ -130,10 +129,9 @@ def open_judge(options, device):
         except Exception as error:  # of many types: not installed, no network, no such model
             reason = str(error).split("\n")[0]
             raise InputError(f"--judge={options.judge} does not open: {reason}") from None
-        judge.max_seq_length = options.max_tokens or judge.max_seq_length
         return lambda texts, _: judge.encode(texts, normalize_embeddings=True)
     model = NomicBert.from_pretrained(options.judge, device=device)
-    length = options.max_tokens or model.config.trained_length
+    length = model.config.trained_length
     return lambda texts, prefix: model.encode([prefix + text for text in texts], length)
 
 
@@ -144,12 +142,7 @@ def write_filtered(data, out, judged, inputs, tokenizer):
     meta |= {"made_by": "nanoembed", "script": "data/filter.py", "inputs": inputs, "filtered": {}}
     skipped = {str(data): ["meta.json"], str(data / "stage2"): judged}
     with data_folder(out) as folder:
-        try:
-            shutil.copytree(
-                data, folder, ignore=lambda p, _: skipped.get(p, ()), dirs_exist_ok=True
-            )
-        except shutil.Error as error:  # has a list of all files that failed
-            raise InputError("cannot copy {0}: {2}".format(*error.args[0][0])) from None
+        shutil.copytree(data, folder, ignore=lambda p, _: skipped.get(p, ()), dirs_exist_ok=True)
         for name, kept in judged.items():
             old, new, count = data / "stage2" / name, folder / "stage2" / name, int(kept.sum())
             meta["filtered"][name] = {"rows": len(kept), "kept": count}
@@ -162,7 +155,6 @@ def write_filtered(data, out, judged, inputs, tokenizer):
         if not any(folder.glob("stage2/*/meta.json")):
             raise InputError("--judge: it keeps no pair of stage 2")
         write_json(folder / "meta.json", meta)
-    print(f"wrote {out}")
 
 
 def main(arguments):

@@ -24,7 +24,6 @@ first of title -> document, first paragraph -> the rest, first sentence -> the r
 import itertools
 import re
 import sys
-import time
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -135,8 +134,8 @@ def pairs_of(document, left_out):
             pairs.append(("heading-section", query, prose, 2))
     for source, query, text, least in pairs:
         query, text = query[:LONGEST], text[:LONGEST].strip("\n")
-        kinds = [unicodedata.category(c)[0] for c in text]
-        letters = sum(map(kinds.count, "LMZC"))  # letters and marks; spaces are Z, newlines C
+        # letters and marks; spaces are Z, newlines C
+        letters = sum(unicodedata.category(c)[0] in "LMZC" for c in text)
         enough = len(words(query)) >= least and len(words(text)) >= 15
         if enough and re.search(r"[^\W\d_]", query) and letters >= 0.7 * len(text):
             yield source, query, text
@@ -238,7 +237,7 @@ def main(arguments):
     options, _ = read_options(Options, arguments)
     if len(folders) != 1:
         raise InputError(f"{len(folders)} folders given: python data/folder.py PATH")
-    began, folder, add = time.time(), folders[0], options.add
+    folder, add = folders[0], options.add
     out = Path(options.out or Path("out", Path(folder).resolve().name))
     given = find_checkpoint(options.tokenizer) if options.tokenizer else add
     tokenizer = load_tokenizer(given) if given else None
@@ -254,7 +253,6 @@ def main(arguments):
         files = {"read": len(documents), **Counter(left_out.values())}
         with prepare.data_folder(out) as new:
             write(new, documents, tokenizer, {"inputs": inputs, "files": files}, options)
-        print(f"wrote {out} in {time.time() - began:.0f} s")
     if options.show:
         prepare.show_pairs(out, options.show, [add] if add else [])
 

@@ -50,9 +50,8 @@ def read_markup(text, suffix):
             if BOILERPLATE.fullmatch(heading):
                 continue
             path.append((level, heading))
-        prose = "\n\n".join(block for block in blocks if block.strip())
-        prose = "\n".join(line.rstrip() for line in prose.split("\n")).strip("\n")
-        if prose:
+        prose = "\n\n".join(filter(str.strip, blocks))
+        if prose := re.sub(r"(?m)[^\S\n]+$", "", prose).strip("\n"):
             sections.append((tuple(heading for _, heading in path), prose))
     return title, sections
 
@@ -65,22 +64,23 @@ def plain(text):
     return "", [(0, "", [text.strip()])]
 
 
+FRONT_MATTER = re.compile(r"(?ms)(---(?!\s*?\n\s*?\n)|\+\+\+)\s*?\n(.*?)^(\1|\.\.\.)\s*?$\n?")
+
+
 def front_matter(text):
     """(title, the text below) where a mapping stands at the very beginning, YAML between --- and
-    --- or ..., or TOML between +++ and +++. What the parsers refuse is text."""
-    first, *lines = text.split("\n")
-    ends = {"---": ("---", "..."), "+++": ("+++",)}.get(first.rstrip(), ())
-    end = next((i for i, line in enumerate(lines) if line.rstrip() in ends), None)
-    if end is None or ("---" in ends and not lines[0].strip()):  # a rule above a blank line
+    --- or ..., or TOML between +++ and +++. What the parsers refuse is text, and so is what follows
+    --- and a blank line."""
+    if not (match := FRONT_MATTER.match(text)):
         return "", text
-    source = "\n".join(lines[:end])
+    rule, source, _ = match.groups()
     try:  # BaseLoader leaves values as they are written: a title may be 007 or 2024-01-05
-        fields = tomllib.loads(source) if "+++" in ends else yaml.load(source, yaml.BaseLoader)
+        fields = tomllib.loads(source) if rule == "+++" else yaml.load(source, yaml.BaseLoader)
         title = fields.get("title") or ""
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError):  # the last: no mapping
         return "", text
     title = "" if isinstance(title, (list, dict)) or title in ("null", "~") else str(title)
-    return " ".join(title.split()), "\n".join(lines[end + 1 :])
+    return " ".join(title.split()), text[match.end() :]
 
 
 # ------------------------------------------------------------------------------------------------

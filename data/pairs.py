@@ -22,7 +22,6 @@ import itertools
 import json
 import re
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -166,9 +165,8 @@ def hold_out(source, options, folder):
     queries = sorted(answers, key=lambda query: fingerprint(answers[query][0].encode()))
     count = min(options.queries, len(answers) // 10)
     if count < 2:
-        count, few = 0, "it has fewer than 20 different ones"
-        reason = few if options.queries > 1 else f"--queries={options.queries}, 2 are the least"
-        print(f"{source.name}: no held-out queries: {reason}")
+        count, reason = 0, f"2 of {len(answers):,} are the least and a tenth the most"
+        print(f"{source.name}: no held-out queries: --queries={options.queries}, {reason}")
     splits = {"dev": queries[: round(0.4 * count)], "test": queries[round(0.4 * count) : count]}
     if source.stage > 1 and count:
         names = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(documents_of(queries)))}
@@ -201,7 +199,7 @@ def write_pairs(folder, source, limit, tokenizer, held_out, queries):
 
 def make(sources, options, inputs):
     """Writes the data folder options.out. inputs: what decides its content."""
-    began, out = time.time(), Path(options.out)
+    out = Path(options.out)
     if prepare.is_made(out, inputs):
         return
     names = [source.name for source in sources]
@@ -242,7 +240,6 @@ def make(sources, options, inputs):
         meta = {"made_by": "nanoembed", "inputs": inputs, "rows": counts, "left out": left_out}
         meta["contamination"] = contamination(held_out, left_out)
         write_json(folder / "meta.json", meta)
-    print(f"wrote {out} in {time.time() - began:.0f} s")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import itertools
 import json
 import shutil
 import tempfile
+import time
 from array import array
 from collections import Counter
 from contextlib import ExitStack, contextmanager
@@ -206,18 +207,19 @@ def is_made(out, inputs):
 @contextmanager
 def data_folder(out):
     """A new folder to write into, which becomes `out` if the block ends without an error."""
-    out = Path(out).resolve()
+    began, whole = time.time(), Path(out).resolve()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        place = {"prefix": f".{out.name}-", "dir": out.parent, "ignore_cleanup_errors": True}
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        place = {"prefix": f".{whole.name}-", "dir": whole.parent, "ignore_cleanup_errors": True}
         with tempfile.TemporaryDirectory(**place) as temporary:
             new = Path(temporary, "new")
             new.mkdir()
             yield new
-            new.rename(out)
+            new.rename(whole)
+        print(f"wrote {out} in {time.time() - began:.0f} s")
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise InputError(f"cannot write {out}: {error.strerror or error}{where}") from None
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # the first one
+        raise InputError(f"cannot write {out}: {reason}") from None
 
 
 def save_tokenizer(folder, tokenizer):
@@ -247,11 +249,7 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, a
         rows = ({"document": text} for text in column)
         written[name] = write_source(folder / name, rows, {}, tokenizer, checked, stored)
     for name, own in pairs.items():
-        twin = name.replace("stage3", "stage2")
-        if own and own is pairs.get(twin) and twin in written:  # the same pairs in both stages
-            shutil.copytree(folder / twin, folder / name)
-            written[name] = written[twin]
-        elif own:
+        if own:
             rows = ({"query": query, "document": document} for query, document in own)
             both = dict(zip(("query", "document"), prefixes[Path(name).name], strict=True))
             written[name] = write_source(folder / name, rows, both, tokenizer, held_out)
@@ -311,6 +309,6 @@ def show_pairs(folder, count, added=()):
         try:
             pair = json.loads(line)
             query, document = pair["query"], pair["document"].split("\n")[:8]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise InputError(f"{path} is damaged: not a pair: {line[:60]}") from None
         print("", f"--- {path.parent.name}", query, "  ->", *(f"  {x}" for x in document), sep="\n")

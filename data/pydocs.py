@@ -22,7 +22,6 @@ import itertools
 import platform
 import re
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -80,10 +79,9 @@ def summary_and_body(docstring):
 def sections(docstring):
     """(heading, text) of the sections: underlined headings, and Google's `Args:`."""
     heading = r"^(\S[^\n]{2,60})\n[-=*~]{3,}\n|^([A-Z][\w ]{2,30}):{1,2}\n(?=\s+\S)"
-    found = list(re.finditer(heading, docstring, re.M))
-    for i, match in enumerate(found):
-        end = found[i + 1].start() if i + 1 < len(found) else len(docstring)
-        yield (match[1] or match[2]).strip(), docstring[match.end() : end].strip("\n")
+    _, *split = re.split(heading, docstring, flags=re.M)
+    for underlined, google, text in zip(split[::3], split[1::3], split[2::3], strict=True):
+        yield (underlined or google).strip(), text.strip("\n")
 
 
 def halves(docstring):
@@ -198,7 +196,7 @@ def long_documents(docstrings, core):
 
 def prepare(options):
     """Writes the data folder, unless it is there for the same packages and versions."""
-    began, out = time.time(), Path(options.out)
+    out = Path(options.out)
     core = [package for package in options.core.split(",") if package]
     for package in core:
         if package_root(package) is None:
@@ -217,7 +215,6 @@ def prepare(options):
             tokenizer = train_tokenizer(training_text, options.vocab_size)
             long, meta = long_documents(docstrings, core), {"inputs": inputs}
             write_folder(folder, tokenizer, PREFIXES, documents, pairs, tasks, long, meta)
-        print(f"wrote {out} in {time.time() - began:.0f} s")
     if options.show:
         show_pairs(out, options.show)
 
