@@ -42,8 +42,8 @@ SUFFIXES = (".md", ".markdown", ".txt")
 SENTENCE_END = re.compile(r"(?<=[.!?।॥؟۔။])\s+|(?<=[。！？])")
 PREFIXES = {  # in the order in which they are chosen as the task
     "heading-section": SEARCH,
-    "title-document": ("classification: ", "classification: "),  # like the paper's Wikipedia titles
-    "opening-rest": ("clustering: ", "clustering: "),  # like StackExchange's body -> body
+    "title-document": dict.fromkeys(SEARCH, "classification: "),  # like Wikipedia's titles
+    "opening-rest": dict.fromkeys(SEARCH, "clustering: "),  # like StackExchange's body -> body
     "sentence-text": SEARCH,
 }
 
@@ -225,11 +225,8 @@ def write(out, documents, tokenizer, meta, options):
     training = [text for _, text in texts["train"]]
     tokenizer = tokenizer or prepare.train_tokenizer(training, options.vocab_size)
     tasks = {task: (corpus, queries)}
-    added = [Path(options.add)] if options.add else []
-    prepare.write_folder(out, tokenizer, PREFIXES, texts, pairs, tasks, long, meta, add=added)
-
-
-# ------------------------------------------------------------------------------------------------
+    add = Path(options.add) if options.add else None
+    prepare.write_folder(out, tokenizer, PREFIXES, texts, pairs, tasks, long, meta, add)
 
 
 def main(arguments):
@@ -254,7 +251,7 @@ def main(arguments):
         with prepare.data_folder(out) as new:
             write(new, documents, tokenizer, {"inputs": inputs, "files": files}, options)
     if options.show:
-        prepare.show_pairs(out, options.show, [add] if add else [])
+        prepare.show_pairs(out, options.show, Path(add) if add else None)
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def hold_out(source, options, folder):
         corpus, judged = {name: text for text, name in names.items()}, {}
         for split, asked in splits.items():
             judged[split] = [(query, [names[text] for text in answers[query]]) for query in asked]
-        write_task(folder / "retrieval" / source.name, corpus, judged, source.prefixes.values())
+        write_task(folder / "retrieval" / source.name, corpus, judged, source.prefixes)
     training = itertools.chain(queries[count:], documents_of(queries[count:]))
     return training, set(queries[:count]), {s: documents_of(splits[s]) for s in splits}
 

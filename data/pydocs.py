@@ -50,8 +50,8 @@ PREFIXES = {  # source -> prefixes of its queries and documents, chosen as in th
     "summary-code": SEARCH,
     "comment-code": SEARCH,
     "name-code": SEARCH,
-    "heading-section": ("classification: ", "classification: "),  # like Wikipedia's titles
-    "halves": ("clustering: ", "clustering: "),  # like StackExchange's body -> body
+    "heading-section": dict.fromkeys(SEARCH, "classification: "),  # like Wikipedia's titles
+    "halves": dict.fromkeys(SEARCH, "clustering: "),  # like StackExchange's body -> body
     "summary-body": SEARCH,
 }
 EVALUATED = ("summary-body", "summary-code")  # these are retrieval tasks too
@@ -227,8 +227,7 @@ def version_of(package):
 
 
 def main(arguments):
-    options, _ = read_options(Options, arguments)
-    prepare(options)
+    prepare(read_options(Options, arguments)[0])
 
 
 if __name__ == "__main__":
