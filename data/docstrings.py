@@ -121,10 +121,9 @@ def read_file(job):
 
 def function_code(node, lines, docstring):
     """The source of a function without its docstring; "" if nothing else is in it."""
-    kept, first = lines[: node.end_lineno], node.body[0]
+    kept, first = lines[node.lineno - 1 : node.end_lineno], node.body[0]
     if docstring:
-        del kept[first.lineno - 1 : first.end_lineno]
-    kept = kept[node.lineno - 1 :]
+        del kept[first.lineno - node.lineno : first.end_lineno - node.lineno + 1]
     return inspect.cleandoc("\n" + "\n".join(kept)) if len(node.body) > bool(docstring) else ""
 
 

@@ -17,10 +17,9 @@ The rank decides, not the cosine: the paper gave up a threshold. The paper's fir
 removed good pairs whose two sides share few words. So some of the removed pairs are printed. Equal
 documents count as one: otherwise a document of ten rows would push itself out of the first two.
 
-The judge reads pairs.jsonl. st:NAME is any model that sentence-transformers opens; it gets the
-texts without prefixes. Processes share the work, and their number does not change the result. Each
-has one block in memory: 6 GB of embeddings for a million pairs at C = 768. A smaller --block needs
-less, and removes fewer pairs. A long job may go source by source, with --sources.
+st:NAME is any model that sentence-transformers opens; it gets the texts without prefixes. Processes
+share the work, and their number does not change the result. Each has one block in memory: 6 GB of
+embeddings for a million pairs at C = 768. A smaller --block needs less, and removes fewer pairs.
 """
 
 import itertools
@@ -79,7 +78,6 @@ def judge_block(encode, pairs, prefixes, options, device):
     query, document = embeddings("query", range(len(pairs))), embeddings("document", first)
 
     def verdicts(rows):
-        rows = slice(rows.start, rows.stop)
         kept, nearest = is_consistent(query[rows], document, right[rows], options.top, device)
         return np.stack((kept, first[nearest[:, 0]]), axis=1)
 

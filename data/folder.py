@@ -198,12 +198,12 @@ def write(out, documents, tokenizer, meta, options):
     task, names = choose_task(found, left_out)
     move_files(splits, names)
 
-    texts, pairs, long = {"train": [], "dev": [], "test": []}, {}, []
+    texts, pairs = {"train": [], "dev": [], "test": []}, {}
     for document in documents:
-        split = splits[document.name]
-        texts[split].append((document.name, f"{document.title}\n\n{document.text}"))
-        if split != "train" and len(words(document.text)) >= prepare.LONG:
-            long.append(document.text)
+        text = f"{document.title}\n\n{document.text}"
+        texts[splits[document.name]].append((document.name, text))
+    held_out = [document.text for document in documents if splits[document.name] != "train"]
+    long = [text for text in held_out if len(words(text)) >= prepare.LONG]
     for source, rows in found.items():
         training = [(query, text) for file, query, text in rows if splits[file] == "train"]
         if source == "sentence-text":  # the task has the first sentence alone, training has all

@@ -15,7 +15,7 @@ from common.files import write_json
 from common.options import InputError
 from data import docstrings, prepare, pydocs
 from data.batches import PairBatches
-from data.duplicates import HeldOut, NearDuplicates, words
+from data.duplicates import HeldOut, NearDuplicates, held_out_texts
 from data.prepare import data_folder, split_of
 from data.sequences import Sequences
 from data.store import Source, encode, open_sources
@@ -35,24 +35,24 @@ def rows_of(path):
 
 def test_a_batch_comes_from_one_source_and_an_epoch_has_every_row_once(sources):
     batches = PairBatches(sources, 16, seed=3)
-    epoch = len(batches.source_of)
     seen = {source.name: [] for source in sources}
-    for source, rows in map(batches.at, range(epoch)):
+    for source, rows in map(batches.at, range(len(batches.source_of))):
         assert len(rows) == 16
         seen[source.name] += rows.tolist()
     for source in sources:
-        assert len(seen[source.name]) == len(source) // 16 * 16
-        assert len(set(seen[source.name])) == len(seen[source.name])
+        rows = seen[source.name]
+        assert len(set(rows)) == len(rows) == len(source) // 16 * 16
 
 
 def test_batches_are_a_function_of_seed_and_step_and_every_epoch_has_another_order(sources):
     one, same, other = (PairBatches(sources, 16, seed=seed) for seed in (3, 3, 4))
-    for step in (17, 3, 17):  # in any order, after any history
-        assert np.array_equal(one.at(step)[1], same.at(step)[1])
+
+    def rows(batches, steps):
+        return [batches.at(step)[1].tolist() for step in steps]
+
+    assert rows(one, (17, 3, 17)) == rows(same, (17, 3, 17))  # in any order, after any history
     epoch = len(one.source_of)
-    for batches, first in ((other, 0), (one, epoch)):
-        pairs = [(one.at(step)[1], batches.at(first + step)[1]) for step in range(5)]
-        assert not all(np.array_equal(*pair) for pair in pairs)
+    assert rows(one, range(5)) not in (rows(other, range(5)), rows(one, range(epoch, epoch + 5)))
 
 
 def test_sequences_are_full_and_an_epoch_has_each_once(data, data_tokenizer):
@@ -71,9 +71,9 @@ def test_a_source_smaller_than_a_batch_gives_one_with_its_rows_repeated(sources)
     drawn = [batches.at(step) for step in range(len(batches.source_of))]
     assert {source.name for source, _ in drawn} == {source.name for source in sources}
     for source, rows in drawn:
-        _, counts = np.unique(rows, return_counts=True)
+        counts = Counter(rows.tolist()).values()
         assert len(rows) == size and len(counts) == min(len(source), size)
-        assert counts.max() - counts.min() <= 1
+        assert max(counts) - min(counts) <= 1
     small = [source.name for source in sources if len(source) < size]
     assert small and ", ".join(small) in batches.about().popitem()[1]
 
@@ -88,8 +88,7 @@ def test_a_weight_says_how_often_an_epoch_has_a_source(sources):
     assert abs(counts[second] - whole[second] / 2) <= 0.5
     groups = [tuple(rows) for source, rows in drawn if source.name == first]
     assert len(set(groups)) == len(groups), "the second time in another order"
-    times = Counter(row for rows in groups for row in rows)
-    assert sum(times.values()) == 8 * whole[first] and set(times.values()) <= {1, 2}
+    assert max(Counter(row for rows in groups for row in rows).values()) == 2
 
 
 @pytest.mark.parametrize("weights", ["faq=2", "{}", "{}=-1", "{}=much"])
@@ -120,28 +119,24 @@ def test_another_tokenizer_and_another_kind_of_folder_are_errors(data, tokenizer
         open_sources(tmp_path, tokenizer)
 
 
-def edited_offsets(place, value):
-    def change(data):
-        offsets = np.frombuffer(data, np.int64).copy()
-        offsets[place] = value
-        return offsets.tobytes()
+def edited(place, value):
+    """A change of one offset."""
+    value = value.to_bytes(8, "little")
+    return lambda data: data[: 8 * place] + value + data[8 * place + 8 :]
 
-    return change
+
+TOKENS, OFFSETS = "query.tokens.bin", "query.offsets.bin"
 
 
 @cases(
-    ("name", "change"),
+    "name, change",
     [
-        *[
-            (f"query.{kind}.bin", lambda data, size=size: data[:size])
-            for kind in ("tokens", "offsets")
-            for size in (0, -8, -1)
-        ],
-        ("query.tokens.bin", lambda data: data[::-1]),
-        ("query.tokens.bin", lambda data: b"\xff" * len(data)),
-        ("query.offsets.bin", edited_offsets(3, 10**12)),
-        ("query.offsets.bin", edited_offsets(4, 0)),
-        ("query.offsets.bin", edited_offsets(-1, 7)),
+        *((n, lambda d, size=size: d[:size]) for n in (TOKENS, OFFSETS) for size in (0, -8, -1)),
+        (TOKENS, lambda data: data[::-1]),
+        (TOKENS, lambda data: b"\xff" * len(data)),
+        (OFFSETS, edited(3, 10**12)),
+        (OFFSETS, edited(4, 0)),
+        (OFFSETS, lambda data: data[:-8] + data[:8]),
         ("meta.json", lambda data: data[:-5]),
         ("meta.json", lambda data: data.replace(b'"rows": ', b'"rows": 1')),
     ],
@@ -235,26 +230,16 @@ def test_held_out_text_is_found_and_quotes_and_unknown_scripts_are_not(word_toke
     assert index.find(encode(tokenizer, texts)) == list(texts.values())
 
 
-def test_held_out_documents_are_not_in_the_training_text(data):
-    """Of held-out documents at most one in a hundred has half of its 8-word runs in training text:
-    one that is made of phrases that many documents share."""
-
-    def runs(text):
-        tokens = words(text)
-        return [tuple(tokens[i : i + 8]) for i in range(len(tokens) - 7)]
-
-    pairs = [pair for path in data.glob("stage*/*/pairs.jsonl") for pair in rows_of(path)]
-    training = {run for pair in pairs for text in pair.values() for run in runs(text)}
+def test_no_training_row_repeats_held_out_text_and_no_query_is_asked_twice(data, data_tokenizer):
+    index = HeldOut(held_out_texts((data / "retrieval").iterdir()), data_tokenizer)
+    assert len(index.sizes) > 100
+    for path in (*data.glob("stage[23]/*"), data / "stage1/train"):
+        for column in Source(path, data_tokenizer).columns.values():
+            assert not any(index.find([column[i] for i in range(len(column))])), path
     for source in pydocs.EVALUATED:
-        leaks, count = [], 0
         for split in ("dev", "test"):
-            documents, queries, judged, _ = read_task(data / "retrieval" / source, split)
-            assert len({queries[query].lower() for query in judged}) == len(judged)
-            for name in (name for answers in judged.values() for name in answers):
-                own = runs(documents[name])
-                count += 1
-                leaks += [name] * (sum(run in training for run in own) > 0.5 * max(1, len(own)))
-        assert count > 20 and len(leaks) <= max(1, count // 100), leaks
+            _, queries, judged, _ = read_task(data / "retrieval" / source, split)
+            assert len({queries[query].lower() for query in judged}) == len(judged) > 0
 
 
 SOURCE = '''"""About this module. It does two things."""
@@ -283,23 +268,22 @@ def test_docstrings_code_and_comments_are_read_without_importing(tmp_path):
     path = tmp_path / "m.py"
     path.write_text(SOURCE)
     *entries, comment = docstrings.read_file(("p", path, "p.m"))
-    by_name = {entry.name: entry for entry in entries}
-    assert list(by_name) == ["p.m", "p.m.add", "module.sub"]
-    add = by_name["p.m.add"]
+    about, add, sub = entries
+    assert [entry.name for entry in entries] == ["p.m", "p.m.add", "module.sub"]
     assert add.code.startswith("def add(a, b):\n") and "Add two" not in add.code
     assert pydocs.summary_and_body(add.text)[0] == "Add two numbers."
     assert list(pydocs.sections(add.text)) == [("Args", "    a: the first number")]
-    assert by_name["module.sub"].text == "Subtracts. Not yet"
+    assert sub.text == "Subtracts. Not yet"
     assert comment.kind == "comment" and comment.text == "Check both before they are added up here"
     assert comment.code == "check(a, b)\nreturn a + b"
-    about = "About this module.", "It does two things."
-    assert pydocs.summary_and_body(by_name["p.m"].text) == about
+    summary_and_body = pydocs.summary_and_body(about.text)
+    assert summary_and_body == ("About this module.", "It does two things.")
 
 
 def test_compiled_functions_of_torch_and_numpy_are_there():
-    files = [*docstrings.source_files("torch"), *docstrings.source_files("numpy")]
+    jobs = [*docstrings.source_files("torch"), *docstrings.source_files("numpy")]
     names = ("_torch_docs.py", "_tensor_docs.py", "_add_newdocs.py")
-    entries = [e for f in files if f[1].name in names for e in docstrings.read_file(f)]
+    entries = [entry for j in jobs if j[1].name in names for entry in docstrings.read_file(j)]
     documented = {entry.name: entry.text for entry in entries}
     assert documented["torch.abs"].startswith("Computes the absolute value")
     assert "the input tensor" in documented["torch.sin"], "shared texts are inserted"
@@ -325,9 +309,10 @@ def test_every_process_prepares_equal_files_and_the_same_command_does_nothing(tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_a_missing_package_is_one_line_and_leaves_nothing(tmp_path):
-    with pytest.raises(InputError, match="no_such_package is not installed"):
-        pydocs.main([f"--out={tmp_path}/a", "--core=no_such_package"])
+@pytest.mark.parametrize("package", ["no_such_package", "torch.no_such_part", "zlib"])
+def test_a_package_without_source_is_one_line_and_leaves_nothing(tmp_path, package):
+    with pytest.raises(InputError, match=f"{package} is not installed"):
+        pydocs.main([f"--out={tmp_path}/a", f"--core={package}"])
     assert not list(tmp_path.iterdir())
 
 

@@ -221,13 +221,11 @@ COMMANDS = [
     (["commas.csv"], "commas: more fields than the header in row 1"),
     (["blank.jsonl"], "blank: no rows"),
     (["missing.jsonl"], r"missing\.jsonl: there is no such .jsonl, .csv or .parquet file"),
-    (["good.txt"], r"good\.txt: there is no such"),
     (["good.jsonl", "--stage3=good.jsonl"], "two sources have one name, rename a file: good"),
     (["good.jsonl", "--columns=a,b,c,d"], "--columns=a,b,c,d: give two names"),
     (["good.jsonl", "--columns=set"], "good: no set in row 1"),
     (["good.jsonl:querry"], "good.jsonl:querry: there is no such .*; prefixes are search_query, "),
     (["good.jsonl:none:none:none"], "good.jsonl:none: there is no such"),
-    ([""], ": there is no such"),
     (["good.jsonl", "--text=other.jsonl"], "--text: no text in row 1"),
     (["good.jsonl", "--held-out=nowhere"], "nowhere/corpus.jsonl cannot be read"),
     ([], "no sources"),
@@ -267,7 +265,11 @@ def test_the_sources_of_the_paper_have_its_prefixes_and_a_place_where_there_is_o
     sources, text = script.paper_sources(["squad", "msmarco", "medi-wiki", "wikipedia-text"])
     assert text == ["wikimedia/wikipedia 20231101.en"] and "medi-wiki" in capsys.readouterr().out
     squad, msmarco = sources
-    assert (squad.stage, squad.prefixes["query"]) == (2, "search_query: ")
-    assert squad.places[0].endswith("/squad_pairs.jsonl.gz") and squad.columns == ["0", "1"]
+    assert squad.places[0].endswith("/squad_pairs.jsonl.gz")
+    assert (squad.stage, squad.prefixes["query"], squad.columns) == (
+        2,
+        "search_query: ",
+        ["0", "1"],
+    )
     assert (msmarco.stage, msmarco.columns) == (3, ["query", "pos", "neg"])
     assert len(script.paper_sources([])[0]) == 33
