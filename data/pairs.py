@@ -99,15 +99,13 @@ def read_dataset(place, suffix):
     """Parquet, and what is on the hub; no more is downloaded than is read."""
     try:
         import datasets
-    except ImportError:
-        raise InputError(f"{place} needs: pip install -r requirements-dev.txt") from None
-    try:
+
         names, how = place.split(), {"split": "train", "streaming": True}
         if suffix:  # lines of JSON are read as text, since they may be lists
             names, how["data_files"] = ["parquet" if suffix[1] == "parquet" else "text"], place
         rows = datasets.load_dataset(*names, **how)
         yield from (row["text"] for row in rows) if names == ["text"] else rows
-    except Exception as error:  # files, the network and the hub fail in many ways
+    except Exception as error:  # not installed; files, the network and the hub fail in many ways
         reason = str(error.__cause__ or error).strip().split("\n")[0][:200]
         raise InputError(f"{place} cannot be read: {reason}") from None
 
@@ -163,8 +161,8 @@ def hold_out(source, options, folder):
     queries = sorted(answers, key=lambda query: fingerprint(answers[query][0].encode()))
     count = min(options.queries, len(answers) // 10)
     if count < 2:
-        count, reason = 0, f"2 of {len(answers):,} are the least and a tenth the most"
-        print(f"{source.name}: no held-out queries: --queries={options.queries}, {reason}")
+        count, most = 0, f"--queries={options.queries}, and a tenth of all {len(answers):,}"
+        print(f"{source.name}: no held-out queries: 2 are needed; the most are {most}")
     splits = {"dev": queries[: round(0.4 * count)], "test": queries[round(0.4 * count) : count]}
     if source.stage > 1 and count:
         names = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(documents_of(queries)))}

@@ -37,8 +37,8 @@ Sow in <b>March</b>. ![a picture](x.png)
 | March | 1 cm  |
 
 ```python
-# not a heading
-sow(depth=1)
+# no heading
+sow()
 ```
 
 ### Too early
@@ -56,7 +56,7 @@ MARKDOWN_SECTIONS = [
     ((), "- Ribosome: builds proteins\n\nLeeks like a deep bed, see the book and this."),
     (
         ("Sowing seed",),
-        "Sow in March. a picture\n\nmonth, depth\nMarch, 1 cm\n\n# not a heading\nsow(depth=1)",
+        "Sow in March. a picture\n\nmonth, depth\nMarch, 1 cm\n\n# no heading\nsow()",
     ),
     (("Sowing seed", "Too early"), "Frost takes them."),
 ]
@@ -222,7 +222,7 @@ def paragraphs(tmp_path):
 
 def test_each_sentence_of_a_paragraph_alone_finds_it_and_a_number_is_no_title(paragraphs, tmp_path):
     meta = prepare_folder(paragraphs, tmp_path / "out")
-    assert {name for name in meta["rows"] if name.startswith("stage2/")} == {"stage2/sentence-text"}
+    assert [name for name in meta["rows"] if name.startswith("stage2/")] == ["stage2/sentence-text"]
     path = tmp_path / "out/stage2/sentence-text/pairs.jsonl"
     pairs = [json.loads(line) for line in open(path, encoding="utf-8")]
     assert all(pair["query"] in pair["document"] for pair in pairs)
@@ -331,24 +331,22 @@ LONG = "one of the words that are enough of them for a text to be a text "
 @cases(
     "texts, reason",
     [
-        (None, "is not a folder"),
         ([], "no file of .md"),
         ([LONG * 2], "3 are needed"),
-        ([LONG * 2, b"# B\n\ncaf\xe9"], "1.md, line 3: not UTF-8"),
+        ([LONG * 2, "# B\n\ncaf\xe9"], "1.md, line 3: not UTF-8"),
         ([f"# T\n\n## {i}\n\n{LONG * 3}" for i in range(6)], "1 read, 5 copy of another file"),
         ([f"# {i}\n\n## a\n\n{LONG}" for i in "abcdef"], "pairs too short"),
         ([f"# J\n\n## A\n\n{LONG.replace(' ', ' ' + i)}" for i in "abcdef"], "with equal headings"),
     ],
 )
 def test_bad_folders_are_one_line_that_says_why_and_leave_nothing(tmp_path, texts, reason):
-    if texts is not None:
-        (tmp_path / "notes").mkdir()
-    for i, text in enumerate(texts or []):
-        text = text if isinstance(text, bytes) else text.encode()
-        (tmp_path / "notes" / f"{i}.md").write_bytes(text)
-    with pytest.raises(InputError, match=reason):
-        prepare_folder(tmp_path / "notes", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes"] * (texts is not None)
+    (tmp_path / "notes").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "notes" / f"{i}.md").write_text(text, "latin-1")
+    for name, message in (("notes", reason), ("nowhere", "nowhere is not a folder")):
+        with pytest.raises(InputError, match=message):
+            prepare_folder(tmp_path / name, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
 def test_two_tokenizers_are_an_error(notes, tokenizer, tmp_path):
