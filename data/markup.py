@@ -64,23 +64,22 @@ def plain(text):
     return "", [(0, "", [text.strip()])]
 
 
-FRONT_MATTER = re.compile(r"(?ms)(---(?!\s*?\n\s*?\n)|\+\+\+)\s*?\n(.*?)^(\1|\.\.\.)\s*?$\n?")
-
-
 def front_matter(text):
     """(title, the text below) where a mapping stands at the very beginning, YAML between --- and
-    --- or ..., or TOML between +++ and +++. What the parsers refuse is text, and so is what follows
-    --- and a blank line."""
-    if not (match := FRONT_MATTER.match(text)):
+    --- or ..., or TOML between +++ and +++. What the parsers refuse is text."""
+    first, *lines = text.split("\n")
+    ends = {"---": ("---", "..."), "+++": ("+++",)}.get(first.rstrip(), ())
+    end = next((i for i, line in enumerate(lines) if line.rstrip() in ends), None)
+    if end is None or ("---" in ends and not lines[0].strip()):  # a rule above a blank line
         return "", text
-    rule, source, _ = match.groups()
+    source = "\n".join(lines[:end])
     try:  # BaseLoader leaves values as they are written: a title may be 007 or 2024-01-05
-        fields = tomllib.loads(source) if rule == "+++" else yaml.load(source, yaml.BaseLoader)
+        fields = tomllib.loads(source) if "+++" in ends else yaml.load(source, yaml.BaseLoader)
         title = fields.get("title") or ""
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError):  # the last: no mapping
         return "", text
     title = "" if isinstance(title, (list, dict)) or title in ("null", "~") else str(title)
-    return " ".join(title.split()), text[match.end() :]
+    return " ".join(title.split()), "\n".join(lines[end + 1 :])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -297,7 +297,8 @@ def show_pairs(folder, count, added=None):
     """Prints pairs drawn at random from the sources of a data folder, for a person to judge, but
     not from those of the data folder `added`."""
     rng, paths = np.random.default_rng(0), sorted(Path(folder).glob("stage*/*/pairs.jsonl"))
-    paths = [p for p in paths if p.stat().st_size and not (added and p.match(f"*-{added.name}/*"))]
+    ending = f"-{added.name}" if added else "\0"
+    paths = [p for p in paths if p.stat().st_size and not p.parent.name.endswith(ending)]
     for path in itertools.islice(itertools.cycle(paths), count):
         with open(path, "rb") as file:
             file.seek(rng.integers(path.stat().st_size))
@@ -306,6 +307,6 @@ def show_pairs(folder, count, added=None):
         try:
             pair = json.loads(line)
             query, document = pair["query"], pair["document"].split("\n")[:8]
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{path} is damaged: not a pair: {line[:60]}") from None
         print("", f"--- {path.parent.name}", query, "  ->", *(f"  {x}" for x in document), sep="\n")
