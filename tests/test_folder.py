@@ -24,8 +24,6 @@ MARKDOWN = """---
 title: "Growing leeks"
 ---
 <!-- not for readers -->
-* Ribosome: builds proteins
-
 Leeks like a *deep* bed, see [the **book**](https://example.org/a_(b)) and [this][ref].[^1]
 
 ## Sowing `seed` {#sow}
@@ -53,7 +51,7 @@ All rights reserved.
 [^1]: A note.
 """
 MARKDOWN_SECTIONS = [
-    ((), "- Ribosome: builds proteins\n\nLeeks like a deep bed, see the book and this."),
+    ((), "Leeks like a deep bed, see the book and this."),
     (
         ("Sowing seed",),
         "Sow in March. a picture\n\nmonth, depth\nMarch, 1 cm\n\n# no heading\nsow()",
@@ -264,8 +262,7 @@ def test_other_scripts_are_read_and_unknown_text_is_a_warning(script, notes, tmp
     printed = capsys.readouterr().out
     assert meta["rows"]["stage3/heading-section"] > 20 and "warning" not in printed
     assert float(re.search(r"([\d.]+)% of [\d,]+ tokens are \[UNK\]", printed)[1]) < 5
-    english = f"--tokenizer={notes}/out/tokenizer.json"
-    prepare_folder(tmp_path / "notes", tmp_path / "english", english)
+    prepare_folder(tmp_path / "notes", tmp_path / "english", f"--tokenizer={notes}/out")
     assert "the tokenizer does not know this text" in capsys.readouterr().out
 
 
