@@ -29,19 +29,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.options import InputError, cli, read_options
+from data import prepare as shared
 from data.docstrings import package_root, read_packages
 from data.duplicates import NearDuplicates, runs_of, words
-from data.prepare import (
-    LONG,
-    LONGEST,
-    SEARCH,
-    data_folder,
-    is_made,
-    show_pairs,
-    split_of,
-    train_tokenizer,
-    write_folder,
-)
+from data.prepare import LONG, LONGEST, SEARCH, split_of
 
 NEEDED_BY_TORCH = "filelock fsspec jinja2 markupsafe mpmath networkx setuptools sympy triton"
 NEEDED_BY_TORCH += " typing_extensions"
@@ -196,8 +187,7 @@ def long_documents(docstrings, core):
 
 def prepare(options):
     """Writes the data folder, unless it is there for the same packages and versions."""
-    out = Path(options.out)
-    core = [package for package in options.core.split(",") if package]
+    out, core = options.out, list(filter(None, options.core.split(",")))
     for package in core:
         if package_root(package) is None:
             raise InputError(f"{package} is not installed as Python source: pip install {package}")
@@ -205,18 +195,18 @@ def prepare(options):
     packages = [*core, *(p for p in needed if p not in core and package_root(p))]
     inputs = {"script": "data/pydocs.py", "vocab_size": options.vocab_size, "core": core}
     inputs["versions"] = {package: version_of(package) for package in packages}
-    if not is_made(out, inputs):
-        with data_folder(out) as folder:
+    if not shared.is_made(out, inputs):
+        with shared.data_folder(out) as folder:
             entries = read_packages(packages)
             docstrings = without_near_duplicates(entries, packages)
             documents, pairs, tasks = assemble(entries, docstrings, core)
             training_text = [text for _, text in documents["train"]]
             training_text += [code for _, code in pairs["stage2/summary-code"]]
-            tokenizer = train_tokenizer(training_text, options.vocab_size)
+            tokenizer = shared.train_tokenizer(training_text, options.vocab_size)
             long, meta = long_documents(docstrings, core), {"inputs": inputs}
-            write_folder(folder, tokenizer, PREFIXES, documents, pairs, tasks, long, meta)
+            shared.write_folder(folder, tokenizer, PREFIXES, documents, pairs, tasks, long, meta)
     if options.show:
-        show_pairs(out, options.show)
+        shared.show_pairs(out, options.show)
 
 
 def version_of(package):
