@@ -55,12 +55,11 @@ def package_root(package):
     if package == "stdlib":
         return Path(sysconfig.get_path("stdlib"))
     try:
-        spec = importlib.util.find_spec(package)
-    except ImportError:  # a part of a package that is missing
+        path = Path(importlib.util.find_spec(package).origin)
+    except (ImportError, AttributeError, TypeError):  # not there, or a folder of none
         return None
-    if spec is None or not (spec.origin or "").endswith(".py"):
+    if path.suffix != ".py":
         return None
-    path = Path(spec.origin)
     return path.parent if path.name == "__init__.py" else path
 
 
@@ -107,14 +106,14 @@ def read_file(job):
                     visit(child, f"{name}.{child.name}" if isinstance(child, DEFINITIONS) else name)
 
     visit(tree, module)
+    attached = []
     if "add_docstr" in source or "add_newdoc" in source:
-        for name, text in attached_docstrings(tree):
-            entries.append(Entry("docstring", package, name, name, plain_text(text)))
+        attached = attached_docstrings(tree)
     if module == "pydoc_data.topics":  # one dictionary: topic -> section of the language reference
         topics = next(node for node in ast.walk(tree) if isinstance(node, ast.Dict))
-        for key, text in ast.literal_eval(topics).items():
-            name = f"topics.{key}"
-            entries.append(Entry("docstring", package, name, name, plain_text(text)))
+        attached = [(f"topics.{key}", text) for key, text in ast.literal_eval(topics).items()]
+    for name, text in attached:
+        entries.append(Entry("docstring", package, name, name, plain_text(text)))
     for comment, code in commented_code(lines):
         entries.append(Entry("comment", package, module, "", comment, code))
     return entries
@@ -122,10 +121,9 @@ def read_file(job):
 
 def function_code(node, lines, docstring):
     """The source of a function without its docstring; "" if nothing else is in it."""
-    kept = lines[node.lineno - 1 : node.end_lineno]
+    kept, first = lines[node.lineno - 1 : node.end_lineno], node.body[0]
     if docstring:
-        first = node.body[0]
-        kept = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
+        del kept[first.lineno - node.lineno : first.end_lineno - node.lineno + 1]
     return inspect.cleandoc("\n" + "\n".join(kept)) if len(node.body) > bool(docstring) else ""
 
 

@@ -81,7 +81,7 @@ class HeldOut:
         self.unknown = vocabulary["[UNK]"]
         self.is_word = np.zeros(max(vocabulary.values()) + 1, bool)
         for token in vocabulary.keys() - special - {"[UNK]"}:
-            letters = (c for c in token if unicodedata.category(c)[0] in "LMN")
+            letters = (unicodedata.category(c)[0] in "LMN" for c in token)
             self.is_word[vocabulary[token]] = any(letters)
         self.texts, self.sizes = set(), []
         self.texts_with = defaultdict(list)  # hash of a run -> numbers of all texts that have it

@@ -17,10 +17,9 @@ The rank decides, not the cosine: the paper gave up a threshold. The paper's fir
 removed good pairs whose two sides share few words. So some of the removed pairs are printed. Equal
 documents count as one: otherwise a document of ten rows would push itself out of the first two.
 
-The judge reads pairs.jsonl. st:NAME is any model that sentence-transformers opens; it gets the
-texts without prefixes. Processes share the work, and their number does not change the result. Each
-has one block in memory: 6 GB of embeddings for a million pairs at C = 768. A smaller --block needs
-less, and removes fewer pairs. A long job may go source by source, with --sources.
+st:NAME is any model that sentence-transformers opens; it gets the texts without prefixes. Processes
+share the work, and their number does not change the result. Each has one block in memory: 6 GB of
+embeddings for a million pairs at C = 768. A smaller --block needs less, and removes fewer pairs.
 """
 
 import itertools
@@ -51,7 +50,6 @@ class Options:
     sources: str = ""  # sources of stage 2 to filter, separated by commas; default: all
     top: int = 2  # a pair stays if its document is among this many nearest to its query [code]
     block: int = 1_000_000  # pairs that are compared with one another, at most (sec. 4.2.1)
-    max_tokens: int = 0  # texts are truncated to this; 0: the judge's trained length [0, 1000000]
     show: int = 3  # how many removed pairs of each source to print, drawn at random [0, 1000]
 
 
@@ -80,7 +78,6 @@ def judge_block(encode, pairs, prefixes, options, device):
     query, document = embeddings("query", range(len(pairs))), embeddings("document", first)
 
     def verdicts(rows):
-        rows = slice(rows.start, rows.stop)
         kept, nearest = is_consistent(query[rows], document, right[rows], options.top, device)
         return np.stack((kept, first[nearest[:, 0]]), axis=1)
 
@@ -130,10 +127,9 @@ def open_judge(options, device):
         except Exception as error:  # of many types: not installed, no network, no such model
             reason = str(error).split("\n")[0]
             raise InputError(f"--judge={options.judge} does not open: {reason}") from None
-        judge.max_seq_length = options.max_tokens or judge.max_seq_length
         return lambda texts, _: judge.encode(texts, normalize_embeddings=True)
     model = NomicBert.from_pretrained(options.judge, device=device)
-    length = options.max_tokens or model.config.trained_length
+    length = model.config.trained_length
     return lambda texts, prefix: model.encode([prefix + text for text in texts], length)
 
 
@@ -144,12 +140,7 @@ def write_filtered(data, out, judged, inputs, tokenizer):
     meta |= {"made_by": "nanoembed", "script": "data/filter.py", "inputs": inputs, "filtered": {}}
     skipped = {str(data): ["meta.json"], str(data / "stage2"): judged}
     with data_folder(out) as folder:
-        try:
-            shutil.copytree(
-                data, folder, ignore=lambda p, _: skipped.get(p, ()), dirs_exist_ok=True
-            )
-        except shutil.Error as error:  # has a list of all files that failed
-            raise InputError("cannot copy {0}: {2}".format(*error.args[0][0])) from None
+        shutil.copytree(data, folder, ignore=lambda p, _: skipped.get(p, ()), dirs_exist_ok=True)
         for name, kept in judged.items():
             old, new, count = data / "stage2" / name, folder / "stage2" / name, int(kept.sum())
             meta["filtered"][name] = {"rows": len(kept), "kept": count}
@@ -162,7 +153,6 @@ def write_filtered(data, out, judged, inputs, tokenizer):
         if not any(folder.glob("stage2/*/meta.json")):
             raise InputError("--judge: it keeps no pair of stage 2")
         write_json(folder / "meta.json", meta)
-    print(f"wrote {out}")
 
 
 def main(arguments):

@@ -24,7 +24,6 @@ first of title -> document, first paragraph -> the rest, first sentence -> the r
 import itertools
 import re
 import sys
-import time
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -43,8 +42,8 @@ SUFFIXES = (".md", ".markdown", ".txt")
 SENTENCE_END = re.compile(r"(?<=[.!?।॥؟۔။])\s+|(?<=[。！？])")
 PREFIXES = {  # in the order in which they are chosen as the task
     "heading-section": SEARCH,
-    "title-document": ("classification: ", "classification: "),  # like the paper's Wikipedia titles
-    "opening-rest": ("clustering: ", "clustering: "),  # like StackExchange's body -> body
+    "title-document": dict.fromkeys(SEARCH, "classification: "),  # like Wikipedia's titles
+    "opening-rest": dict.fromkeys(SEARCH, "clustering: "),  # like StackExchange's body -> body
     "sentence-text": SEARCH,
 }
 
@@ -135,8 +134,8 @@ def pairs_of(document, left_out):
             pairs.append(("heading-section", query, prose, 2))
     for source, query, text, least in pairs:
         query, text = query[:LONGEST], text[:LONGEST].strip("\n")
-        kinds = [unicodedata.category(c)[0] for c in text]
-        letters = sum(map(kinds.count, "LMZC"))  # letters and marks; spaces are Z, newlines C
+        # letters and marks; spaces are Z, newlines C
+        letters = sum(unicodedata.category(c)[0] in "LMZC" for c in text)
         enough = len(words(query)) >= least and len(words(text)) >= 15
         if enough and re.search(r"[^\W\d_]", query) and letters >= 0.7 * len(text):
             yield source, query, text
@@ -199,12 +198,12 @@ def write(out, documents, tokenizer, meta, options):
     task, names = choose_task(found, left_out)
     move_files(splits, names)
 
-    texts, pairs, long = {"train": [], "dev": [], "test": []}, {}, []
+    texts, pairs = {"train": [], "dev": [], "test": []}, {}
     for document in documents:
-        split = splits[document.name]
-        texts[split].append((document.name, f"{document.title}\n\n{document.text}"))
-        if split != "train" and len(words(document.text)) >= prepare.LONG:
-            long.append(document.text)
+        text = f"{document.title}\n\n{document.text}"
+        texts[splits[document.name]].append((document.name, text))
+    held_out = [document.text for document in documents if splits[document.name] != "train"]
+    long = [text for text in held_out if len(words(text)) >= prepare.LONG]
     for source, rows in found.items():
         training = [(query, text) for file, query, text in rows if splits[file] == "train"]
         if source == "sentence-text":  # the task has the first sentence alone, training has all
@@ -226,11 +225,8 @@ def write(out, documents, tokenizer, meta, options):
     training = [text for _, text in texts["train"]]
     tokenizer = tokenizer or prepare.train_tokenizer(training, options.vocab_size)
     tasks = {task: (corpus, queries)}
-    added = [Path(options.add)] if options.add else []
-    prepare.write_folder(out, tokenizer, PREFIXES, texts, pairs, tasks, long, meta, add=added)
-
-
-# ------------------------------------------------------------------------------------------------
+    add = Path(options.add) if options.add else None
+    prepare.write_folder(out, tokenizer, PREFIXES, texts, pairs, tasks, long, meta, add)
 
 
 def main(arguments):
@@ -238,7 +234,7 @@ def main(arguments):
     options, _ = read_options(Options, arguments)
     if len(folders) != 1:
         raise InputError(f"{len(folders)} folders given: python data/folder.py PATH")
-    began, folder, add = time.time(), folders[0], options.add
+    folder, add = folders[0], options.add
     out = Path(options.out or Path("out", Path(folder).resolve().name))
     given = find_checkpoint(options.tokenizer) if options.tokenizer else add
     tokenizer = load_tokenizer(given) if given else None
@@ -254,9 +250,8 @@ def main(arguments):
         files = {"read": len(documents), **Counter(left_out.values())}
         with prepare.data_folder(out) as new:
             write(new, documents, tokenizer, {"inputs": inputs, "files": files}, options)
-        print(f"wrote {out} in {time.time() - began:.0f} s")
     if options.show:
-        prepare.show_pairs(out, options.show, [add] if add else [])
+        prepare.show_pairs(out, options.show, Path(add) if add else None)
 
 
 if __name__ == "__main__":

@@ -50,9 +50,8 @@ def read_markup(text, suffix):
             if BOILERPLATE.fullmatch(heading):
                 continue
             path.append((level, heading))
-        prose = "\n\n".join(block for block in blocks if block.strip())
-        prose = "\n".join(line.rstrip() for line in prose.split("\n")).strip("\n")
-        if prose:
+        prose = "\n\n".join(filter(str.strip, blocks))
+        if prose := re.sub(r"(?m)[^\S\n]+$", "", prose).strip("\n"):
             sections.append((tuple(heading for _, heading in path), prose))
     return title, sections
 

@@ -22,7 +22,6 @@ import itertools
 import json
 import re
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -100,15 +99,13 @@ def read_dataset(place, suffix):
     """Parquet, and what is on the hub; no more is downloaded than is read."""
     try:
         import datasets
-    except ImportError:
-        raise InputError(f"{place} needs: pip install -r requirements-dev.txt") from None
-    try:
+
         names, how = place.split(), {"split": "train", "streaming": True}
         if suffix:  # lines of JSON are read as text, since they may be lists
             names, how["data_files"] = ["parquet" if suffix[1] == "parquet" else "text"], place
         rows = datasets.load_dataset(*names, **how)
         yield from (row["text"] for row in rows) if names == ["text"] else rows
-    except Exception as error:  # files, the network and the hub fail in many ways
+    except Exception as error:  # not installed; files, the network and the hub fail in many ways
         reason = str(error.__cause__ or error).strip().split("\n")[0][:200]
         raise InputError(f"{place} cannot be read: {reason}") from None
 
@@ -122,20 +119,18 @@ def pairs_in(row, source):
         row = json.loads(row) if isinstance(row, str) else row
     except (ValueError, RecursionError):
         row = None
-    columns = source.columns
-    if isinstance(row, dict) and None in row:  # csv.DictReader's name for what is left over
-        raise ValueError("more fields than the header")
-    if isinstance(row, dict) and len(columns) == 1:
-        same = row.get(*columns)
-        row = same[:2] if isinstance(same, list) else [same]
-    if isinstance(row, list):
-        query, documents, negatives = (*row, None, None)[:2] + (row[2:],)
-    elif isinstance(row, dict):
-        query, documents, negatives = [*map(row.get, columns), None][:3]
+    if isinstance(row, dict):
+        if None in row:  # csv.DictReader's name for what is left over
+            raise ValueError("more fields than the header")
+        values = [row.get(name) for name in source.columns]
+        if len(values) == 1 and isinstance(values[0], list):
+            values = values[0][:2]
+    elif isinstance(row, list):
+        values = [*(*row, None, None)[:2], row[2:]]
     else:
         raise ValueError("not a JSON object")
-    documents = documents if isinstance(documents, list) else [documents]
-    negatives = negatives if isinstance(negatives, list) else [negatives]
+    query, documents, negatives = (*values, None, None, None)[:3]
+    documents, negatives = (x if isinstance(x, list) else [x] for x in (documents, negatives))
     texts = [query, *documents, *negatives]
     if not {type(text) for text in texts} <= {str, type(None)}:
         raise ValueError("not text")
@@ -144,7 +139,7 @@ def pairs_in(row, source):
     query, *texts = ((text or "").strip() for text in texts)
     documents, negatives = texts[: len(documents)], list(filter(None, texts[len(documents) :]))
     if not query or not documents or "" in documents:
-        raise ValueError(f"no {columns[:2][-1] if query else columns[0]}")
+        raise ValueError(f"no {source.columns[:2][-1] if query else source.columns[0]}")
     return [dict(zip(COLUMNS, (query, text, negatives), strict=True)) for text in documents]
 
 
@@ -166,16 +161,15 @@ def hold_out(source, options, folder):
     queries = sorted(answers, key=lambda query: fingerprint(answers[query][0].encode()))
     count = min(options.queries, len(answers) // 10)
     if count < 2:
-        count, few = 0, "it has fewer than 20 different ones"
-        reason = few if options.queries > 1 else f"--queries={options.queries}, 2 are the least"
-        print(f"{source.name}: no held-out queries: {reason}")
+        count, most = 0, f"--queries={options.queries}, and a tenth of all {len(answers):,}"
+        print(f"{source.name}: no held-out queries: 2 are needed; the most are {most}")
     splits = {"dev": queries[: round(0.4 * count)], "test": queries[round(0.4 * count) : count]}
     if source.stage > 1 and count:
         names = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(documents_of(queries)))}
         corpus, judged = {name: text for text, name in names.items()}, {}
         for split, asked in splits.items():
             judged[split] = [(query, [names[text] for text in answers[query]]) for query in asked]
-        write_task(folder / "retrieval" / source.name, corpus, judged, source.prefixes.values())
+        write_task(folder / "retrieval" / source.name, corpus, judged, source.prefixes)
     training = itertools.chain(queries[count:], documents_of(queries[count:]))
     return training, set(queries[:count]), {s: documents_of(splits[s]) for s in splits}
 
@@ -201,15 +195,14 @@ def write_pairs(folder, source, limit, tokenizer, held_out, queries):
 
 def make(sources, options, inputs):
     """Writes the data folder options.out. inputs: what decides its content."""
-    began, out = time.time(), Path(options.out)
-    if prepare.is_made(out, inputs):
+    if prepare.is_made(options.out, inputs):
         return
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise InputError(f"two sources have one name, rename a file: {', '.join(names)}")
-    where = options.tokenizer and find_checkpoint(options.tokenizer)
-    tokenizer = load_tokenizer(where) if where else None
-    with prepare.data_folder(out) as folder:
+    where = options.tokenizer
+    tokenizer = load_tokenizer(find_checkpoint(where)) if where else None
+    with prepare.data_folder(options.out) as folder:
         queries, training, texts = {}, [], {"dev": {}, "test": {}}
         for source in sources:
             sample, queries[source.name], documents = hold_out(source, options, folder)
@@ -225,10 +218,10 @@ def make(sources, options, inputs):
             counts[name], left_out[name] = write_pairs(
                 folder / name, source, options.limit, tokenizer, held_out, queries[source.name]
             )
-        if "stage1/train" not in counts:
-            stored, new = [folder / name for name in counts], folder / "stage1/train"
-            counts["stage1/train"], _ = prepare.write_source(
-                new, (), {}, tokenizer, stored=stored, distinct=True
+        if (name := "stage1/train") not in counts:
+            stored = [folder / source for source in counts]
+            counts[name], _ = prepare.write_source(
+                folder / name, (), {}, tokenizer, stored=stored, distinct=True
             )
         for split in texts:
             column = ({"document": text} for text in texts[split])
@@ -242,7 +235,6 @@ def make(sources, options, inputs):
         meta = {"made_by": "nanoembed", "inputs": inputs, "rows": counts, "left out": left_out}
         meta["contamination"] = contamination(held_out, left_out)
         write_json(folder / "meta.json", meta)
-    print(f"wrote {out} in {time.time() - began:.0f} s")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -272,8 +264,8 @@ def prefixes_of(tasks):
 
 
 def paper_table():
-    rows = (line for _, line in read_lines(Path(__file__).with_name("paper.tsv")))
-    return list(csv.DictReader((line for line in rows if line[:1] != "#"), delimiter="\t"))
+    lines = [line for _, line in read_lines(Path(__file__).with_name("paper.tsv"))]
+    return list(csv.DictReader((line for line in lines if line[:1] != "#"), delimiter="\t"))
 
 
 def paper_sources(names):
@@ -296,10 +288,8 @@ def paper_sources(names):
 def main(arguments):
     files, arguments = split_words(arguments)
     options, _ = read_options(Options, arguments)
-    names, stage3, text, columns = (
-        [x for x in value.split(",") if x]
-        for value in (options.sources, options.stage3, options.text, options.columns)
-    )
+    lists = options.sources, options.stage3, options.text, options.columns
+    names, stage3, text, columns = ([*filter(None, names.split(","))] for names in lists)
     if not 1 <= len(columns) <= 3:
         raise InputError(f"--columns={options.columns}: give two names, or three with negatives")
     sources, places = paper_sources(names) if options.paper else ([], [])
@@ -312,10 +302,9 @@ def main(arguments):
     if not sources:
         raise InputError("no sources: python data/pairs.py FILES, or --paper")
     inputs = {"script": "data/pairs.py", "files": files, **asdict(options)}
-    for name in ("out", "show"):  # these do not change what is written
-        del inputs[name]
-    here = [Path(p) for source in sources for p in source.places if Path(p).is_file()]
-    inputs["changed"] = {str(path): fingerprint(path) for path in here}
+    del inputs["out"], inputs["show"]  # these do not change what is written
+    here = [path for source in sources for path in source.places if Path(path).is_file()]
+    inputs["changed"] = {path: fingerprint(path) for path in here}
     make(sources, options, inputs)
     if options.show:
         prepare.show_pairs(options.out, options.show)

@@ -9,6 +9,7 @@ import itertools
 import json
 import shutil
 import tempfile
+import time
 from array import array
 from collections import Counter
 from contextlib import ExitStack, contextmanager
@@ -25,7 +26,7 @@ from data.prefixes import PREFIXES
 from data.store import Source, encode, id_type
 from data.tasks import json_line, write_jsonl, write_task
 
-SEARCH = PREFIXES["query"], PREFIXES["document"]
+SEARCH = {side: PREFIXES[side] for side in ("query", "document")}
 LONGEST = 1200  # characters of a query or document that are kept for training, some 300 tokens
 OWN_SHARE = 0.2  # of the batches that are of one's own pairs, where others are added
 LONG = 900  # words: well beyond 8 times the 128 tokens that the laptop preset trains with
@@ -206,31 +207,32 @@ def is_made(out, inputs):
 @contextmanager
 def data_folder(out):
     """A new folder to write into, which becomes `out` if the block ends without an error."""
-    out = Path(out).resolve()
+    began, whole = time.time(), Path(out).resolve()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        place = {"prefix": f".{out.name}-", "dir": out.parent, "ignore_cleanup_errors": True}
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        place = {"prefix": f".{whole.name}-", "dir": whole.parent, "ignore_cleanup_errors": True}
         with tempfile.TemporaryDirectory(**place) as temporary:
             new = Path(temporary, "new")
             new.mkdir()
             yield new
-            new.rename(out)
+            new.rename(whole)
+        print(f"wrote {out} in {time.time() - began:.0f} s")
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise InputError(f"cannot write {out}: {error.strerror or error}{where}") from None
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # the first one
+        raise InputError(f"cannot write {out}: {reason}") from None
 
 
 def save_tokenizer(folder, tokenizer):
     write_whole(folder / "tokenizer.json", lambda path: tokenizer.save(str(path)))
 
 
-def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, add=()):
+def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, add=None):
     """Writes a whole data folder from texts in memory, and prints what is in it.
 
     prefixes: source -> of its queries and documents; texts: split -> [(name, text)], for stage 1
     and search; pairs: "stage2/SOURCE" -> [(query, document)]; tasks: source -> (documents, queries)
-    as in write_task; long: held-out long texts, for stage 1; add: data folders whose sources are
-    copied."""
+    as in write_task; long: held-out long texts, for stage 1; add: a data folder whose sources are
+    copied, or None."""
     save_tokenizer(folder, tokenizer)
     for source, task in tasks.items():
         write_task(folder / "retrieval" / source, *task, prefixes[source])
@@ -238,39 +240,33 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, a
     write_jsonl(folder / "search" / "corpus.jsonl", rows)
 
     tasks_written = (folder / "retrieval").iterdir()
-    held_out, written = HeldOut(held_out_texts(tasks_written), tokenizer), {}
-    documents = {split: [text for _, text in named] for split, named in texts.items()}
-    for split, column in {**documents, "long": long}.items():
-        checked, stored, name = None, (), f"stage1/{split}"
-        if split == "train":
-            checked, stored = held_out, [path / name for path in add]
-        rows = ({"document": text} for text in column)
-        written[name] = write_source(folder / name, rows, {}, tokenizer, checked, stored)
-    for name, own in pairs.items():
-        twin = name.replace("stage3", "stage2")
-        if own and own is pairs.get(twin) and twin in written:  # the same pairs in both stages
-            shutil.copytree(folder / twin, folder / name)
-            written[name] = written[twin]
-        elif own:
-            rows = ({"query": query, "document": document} for query, document in own)
-            both = dict(zip(("query", "document"), prefixes[Path(name).name], strict=True))
-            written[name] = write_source(folder / name, rows, both, tokenizer, held_out)
-    for path in itertools.chain.from_iterable(sorted(p.glob("stage[23]/*")) for p in add):
-        name = f"{path.parent.name}/{path.name}-{path.parents[1].name}"
-        both = read_json(path / "meta.json")["prefixes"]
-        written[name] = write_source(folder / name, (), both, tokenizer, held_out, [path])
+    held_out, counts, left_out = HeldOut(held_out_texts(tasks_written), tokenizer), {}, {}
 
-    rows = {name: count for name, (count, _) in written.items()}
-    weigh(folder, pairs, rows)
-    leaks = contamination(held_out, {name: reasons for name, (_, reasons) in written.items()})
-    for name, (count, _) in written.items():
+    def write(name, *source):
+        counts[name], left_out[name] = write_source(folder / name, *source)
+
+    for split, named in {**texts, "long": [("", text) for text in long]}.items():
+        name, rows = f"stage1/{split}", ({"document": text} for _, text in named)
+        stored = [add / name] if add and split == "train" else []
+        write(name, rows, {}, tokenizer, held_out if split == "train" else None, stored)
+    for name, own in pairs.items():
+        if own:
+            rows = ({"query": query, "document": document} for query, document in own)
+            write(name, rows, prefixes[Path(name).name], tokenizer, held_out)
+    for path in sorted(add.glob("stage[23]/*")) if add else ():
+        name = f"{path.parent.name}/{path.name}-{add.name}"
+        write(name, (), read_json(path / "meta.json")["prefixes"], tokenizer, held_out, [path])
+
+    weigh(folder, pairs, counts)
+    for name, count in counts.items():
         print(f"  {name:34} {count:8,} {'texts' if name.startswith('stage1') else 'pairs'}")
     for source, (corpus, queries) in tasks.items():
-        counts = ", ".join(f"{len(asked):,} {split} queries" for split, asked in queries.items())
-        print(f"  retrieval/{source:24} {len(corpus):8,} documents, {counts}")
+        sizes = ", ".join(f"{len(asked):,} {split} queries" for split, asked in queries.items())
+        print(f"  retrieval/{source:24} {len(corpus):8,} documents, {sizes}")
+    leaks = contamination(held_out, left_out)
     print(f"  {leaks['removed']:,} training rows that repeat held-out text were left out")
     print_unknown(folder)
-    meta = {"made_by": "nanoembed", **meta, "rows": rows, "contamination": leaks}
+    meta = {"made_by": "nanoembed", **meta, "rows": counts, "contamination": leaks}
     write_json(folder / "meta.json", meta)
 
 
@@ -297,12 +293,12 @@ def print_unknown(folder):
         print("  warning: the tokenizer does not know this text; give another one by --tokenizer=")
 
 
-def show_pairs(folder, count, added=()):
+def show_pairs(folder, count, added=None):
     """Prints pairs drawn at random from the sources of a data folder, for a person to judge, but
-    not from those of the folders that were added."""
-    rng, added = np.random.default_rng(0), tuple(f"-{Path(path).name}" for path in added)
-    paths = sorted(Path(folder).glob("stage*/*/pairs.jsonl"))
-    paths = [p for p in paths if p.stat().st_size and not p.parent.name.endswith(added)]
+    not from those of the data folder `added`."""
+    rng, paths = np.random.default_rng(0), sorted(Path(folder).glob("stage*/*/pairs.jsonl"))
+    ending = f"-{added.name}" if added else "\0"
+    paths = [p for p in paths if p.stat().st_size and not p.parent.name.endswith(ending)]
     for path in itertools.islice(itertools.cycle(paths), count):
         with open(path, "rb") as file:
             file.seek(rng.integers(path.stat().st_size))

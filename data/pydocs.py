@@ -22,7 +22,6 @@ import itertools
 import platform
 import re
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -30,19 +29,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.options import InputError, cli, read_options
+from data import prepare as shared
 from data.docstrings import package_root, read_packages
 from data.duplicates import NearDuplicates, runs_of, words
-from data.prepare import (
-    LONG,
-    LONGEST,
-    SEARCH,
-    data_folder,
-    is_made,
-    show_pairs,
-    split_of,
-    train_tokenizer,
-    write_folder,
-)
+from data.prepare import LONG, LONGEST, SEARCH, split_of
 
 NEEDED_BY_TORCH = "filelock fsspec jinja2 markupsafe mpmath networkx setuptools sympy triton"
 NEEDED_BY_TORCH += " typing_extensions"
@@ -51,8 +41,8 @@ PREFIXES = {  # source -> prefixes of its queries and documents, chosen as in th
     "summary-code": SEARCH,
     "comment-code": SEARCH,
     "name-code": SEARCH,
-    "heading-section": ("classification: ", "classification: "),  # like Wikipedia's titles
-    "halves": ("clustering: ", "clustering: "),  # like StackExchange's body -> body
+    "heading-section": dict.fromkeys(SEARCH, "classification: "),  # like Wikipedia's titles
+    "halves": dict.fromkeys(SEARCH, "clustering: "),  # like StackExchange's body -> body
     "summary-body": SEARCH,
 }
 EVALUATED = ("summary-body", "summary-code")  # these are retrieval tasks too
@@ -80,10 +70,9 @@ def summary_and_body(docstring):
 def sections(docstring):
     """(heading, text) of the sections: underlined headings, and Google's `Args:`."""
     heading = r"^(\S[^\n]{2,60})\n[-=*~]{3,}\n|^([A-Z][\w ]{2,30}):{1,2}\n(?=\s+\S)"
-    found = list(re.finditer(heading, docstring, re.M))
-    for i, match in enumerate(found):
-        end = found[i + 1].start() if i + 1 < len(found) else len(docstring)
-        yield (match[1] or match[2]).strip(), docstring[match.end() : end].strip("\n")
+    _, *split = re.split(heading, docstring, flags=re.M)
+    for underlined, google, text in zip(split[::3], split[1::3], split[2::3], strict=True):
+        yield (underlined or google).strip(), text.strip("\n")
 
 
 def halves(docstring):
@@ -198,8 +187,7 @@ def long_documents(docstrings, core):
 
 def prepare(options):
     """Writes the data folder, unless it is there for the same packages and versions."""
-    began, out = time.time(), Path(options.out)
-    core = [package for package in options.core.split(",") if package]
+    out, core = options.out, list(filter(None, options.core.split(",")))
     for package in core:
         if package_root(package) is None:
             raise InputError(f"{package} is not installed as Python source: pip install {package}")
@@ -207,19 +195,18 @@ def prepare(options):
     packages = [*core, *(p for p in needed if p not in core and package_root(p))]
     inputs = {"script": "data/pydocs.py", "vocab_size": options.vocab_size, "core": core}
     inputs["versions"] = {package: version_of(package) for package in packages}
-    if not is_made(out, inputs):
-        with data_folder(out) as folder:
+    if not shared.is_made(out, inputs):
+        with shared.data_folder(out) as folder:
             entries = read_packages(packages)
             docstrings = without_near_duplicates(entries, packages)
             documents, pairs, tasks = assemble(entries, docstrings, core)
             training_text = [text for _, text in documents["train"]]
             training_text += [code for _, code in pairs["stage2/summary-code"]]
-            tokenizer = train_tokenizer(training_text, options.vocab_size)
+            tokenizer = shared.train_tokenizer(training_text, options.vocab_size)
             long, meta = long_documents(docstrings, core), {"inputs": inputs}
-            write_folder(folder, tokenizer, PREFIXES, documents, pairs, tasks, long, meta)
-        print(f"wrote {out} in {time.time() - began:.0f} s")
+            shared.write_folder(folder, tokenizer, PREFIXES, documents, pairs, tasks, long, meta)
     if options.show:
-        show_pairs(out, options.show)
+        shared.show_pairs(out, options.show)
 
 
 def version_of(package):
@@ -230,8 +217,7 @@ def version_of(package):
 
 
 def main(arguments):
-    options, _ = read_options(Options, arguments)
-    prepare(options)
+    prepare(read_options(Options, arguments)[0])
 
 
 if __name__ == "__main__":

@@ -189,10 +189,9 @@ def text_keys(texts):
 def distinct(keys):
     """Numbers equal keys alike. keys: n byte strings, m different ones -> first (m,): the place of
     the first of each different key; number (n,): which of the m keys each one is."""
-    hashes = np.fromiter(map(hash, keys), np.int64)  # 64 bits of each save memory
-    _, first, number = np.unique(hashes, return_index=True, return_inverse=True)
-    order = np.argsort(first)  # by place, since hashes differ between processes
-    return first[order], np.argsort(order)[number]
+    numbers = {}  # of 64 bits of each key, to save memory
+    number = np.fromiter((numbers.setdefault(hash(k), len(numbers)) for k in keys), np.int64)
+    return np.unique(number, return_index=True)[1], number
 
 
 def split_by_tokens(lengths, max_tokens):

@@ -98,7 +98,7 @@ def write_jsonl(path, rows):
 
 def write_task(folder, documents, queries, prefixes):
     """Writes the BEIR layout. documents: id -> text; queries: split -> list of (query, ids of the
-    documents that answer it); prefixes: of queries and documents."""
+    documents that answer it); prefixes: {"query": ..., "document": ...}."""
     folder, query_rows = Path(folder), []
     write_jsonl(folder / "corpus.jsonl", ({"_id": i, "text": t} for i, t in documents.items()))
     for split, rows in queries.items():
@@ -108,5 +108,4 @@ def write_task(folder, documents, queries, prefixes):
             lines += [f"{split}-{i}\t{answer}\t1" for answer in dict.fromkeys(answers)]
         write_text(folder / "qrels" / f"{split}.tsv", "\n".join(lines) + "\n")
     write_jsonl(folder / "queries.jsonl", query_rows)
-    query, document = prefixes
-    write_json(folder / "meta.json", {"prefixes": {"query": query, "document": document}})
+    write_json(folder / "meta.json", {"prefixes": prefixes})

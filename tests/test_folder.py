@@ -11,7 +11,7 @@ from tiny import cases
 
 from common.files import fingerprint, load_tokenizer
 from common.options import InputError
-from data import folder, prepare
+from data import folder
 from data.batches import PairBatches
 from data.duplicates import words
 from data.markup import read_markup
@@ -22,11 +22,8 @@ TASK = "retrieval/heading-section"
 
 MARKDOWN = """---
 title: "Growing leeks"
-tags: [a, b]
 ---
 <!-- not for readers -->
-* Ribosome: builds proteins
-
 Leeks like a *deep* bed, see [the **book**](https://example.org/a_(b)) and [this][ref].[^1]
 
 ## Sowing `seed` {#sow}
@@ -38,8 +35,8 @@ Sow in <b>March</b>. ![a picture](x.png)
 | March | 1 cm  |
 
 ```python
-# not a heading
-sow(depth=1)
+# no heading
+sow()
 ```
 
 ### Too early
@@ -54,10 +51,10 @@ All rights reserved.
 [^1]: A note.
 """
 MARKDOWN_SECTIONS = [
-    ((), "- Ribosome: builds proteins\n\nLeeks like a deep bed, see the book and this."),
+    ((), "Leeks like a deep bed, see the book and this."),
     (
         ("Sowing seed",),
-        "Sow in March. a picture\n\nmonth, depth\nMarch, 1 cm\n\n# not a heading\nsow(depth=1)",
+        "Sow in March. a picture\n\nmonth, depth\nMarch, 1 cm\n\n# no heading\nsow()",
     ),
     (("Sowing seed", "Too early"), "Frost takes them."),
 ]
@@ -149,17 +146,16 @@ WORDS = "bed seed frost leek water stone spade rain slug mulch root stem leaf so
 WORDS += "wind shade lime peat moss rake hoe fork twine glass pot tray cold heat north".split()
 
 
-def write_notes(where, files=40, sections=4, heading="## Part {j} {word} of {i}", suffix=".md"):
+def write_notes(where, files=40, sections=4, heading="## Part {j} of {i}", suffix=".md"):
     """Files of sections, each with its own words: no two are alike."""
     rng = np.random.default_rng(0)
-    where.mkdir(parents=True, exist_ok=True)
+    where.mkdir()
     for i in range(files):
-        parts = [f"# Note {i} on {rng.choice(WORDS)}\n"]
+        parts = [f"# Note {i} on {rng.choice(WORDS)}"]
         for j in range(sections):
-            words = rng.choice(WORDS, 60).tolist()
-            above = heading.format(i=i, j=j, word=words[0])
-            parts.append(f"{above}\n\n{' '.join(words[:20])}.\n\n{' '.join(words[20:])}.\n")
-        (where / f"note-{i}{suffix}").write_text("\n".join(parts))
+            opening, rest = (" ".join(rng.choice(WORDS, n)) + "." for n in (20, 40))
+            parts += [heading.format(i=i, j=j), opening, rest]
+        (where / f"note-{i}{suffix}").write_text("\n\n".join(parts))
 
 
 def prepare_folder(notes, out, *options):
@@ -181,15 +177,13 @@ def training_text(out):
 
 
 def test_files_are_held_out_whole_and_every_stage_has_its_sources(notes):
-    out = notes / "out"
-    held = set()
+    out, held = notes / "out", set()
     for split in ("dev", "test"):
         documents, queries, judged, _ = read_task(out / TASK, split)
         assert len(documents) == 160, "sections of all files are the pool"
         held |= {queries[query].split(" > ")[0] for query in judged}
-    assert len(held) >= 2
-    titles = [text.split(" >")[0].split("\n")[0] for text in training_text(out)]
-    assert not held & set(titles)
+    titles = {text.split(" >")[0].split("\n")[0] for text in training_text(out)}
+    assert len(held) >= 2 and not held & titles
     tokenizer = load_tokenizer(out)
     names = [[s.name for s in open_sources(out / f"stage{n}", tokenizer)] for n in (2, 3)]
     assert names == [["heading-section", "opening-rest", "title-document"], ["heading-section"]]
@@ -216,17 +210,17 @@ def test_notes_without_headings_have_a_task_too(tmp_path):
 @pytest.fixture
 def paragraphs(tmp_path):
     """Files of one paragraph each, of three sentences, that have no name but a number."""
-    (tmp_path / "paragraphs").mkdir()
+    rng, where = np.random.default_rng(0), tmp_path / "paragraphs"
+    where.mkdir()
     for n in range(20):
-        made_up = ["".join(chr(97 + (n * k + i) % 26) for i in range(4)) for k in range(30)]
-        text = " ".join(" ".join(made_up[i : i + 10]) + "." for i in (0, 10, 20))
-        (tmp_path / "paragraphs" / f"{n}.md").write_text(text)
-    return tmp_path / "paragraphs"
+        sentences = [" ".join(rng.choice(WORDS, 10)) + "." for _ in range(3)]
+        (where / f"{n}.md").write_text(" ".join(sentences))
+    return where
 
 
 def test_each_sentence_of_a_paragraph_alone_finds_it_and_a_number_is_no_title(paragraphs, tmp_path):
     meta = prepare_folder(paragraphs, tmp_path / "out")
-    assert {name for name in meta["rows"] if name.startswith("stage2/")} == {"stage2/sentence-text"}
+    assert [name for name in meta["rows"] if name.startswith("stage2/")] == ["stage2/sentence-text"]
     path = tmp_path / "out/stage2/sentence-text/pairs.jsonl"
     pairs = [json.loads(line) for line in open(path, encoding="utf-8")]
     assert all(pair["query"] in pair["document"] for pair in pairs)
@@ -250,7 +244,6 @@ def test_one_batch_in_five_is_of_ones_own_pairs_however_few_they_are(paragraphs,
 
 SCRIPTS = {
     "Chinese": ("", "韭葱喜欢深厚的土壤和充足阳光水分种子春天播下夏天收获冬季寒冷根茎叶"),
-    "Russian": (" ", "лук любит глубокую почву много солнца и воды семена сеют весной".split()),
     "Hindi": (" ", "मिट्टी पानी बीज वर्षा सूर्य छाया पत्ती हिन्दी में लिखा हुआ पाठ गहरी क्यारी".split()),
     "pointed Hebrew": (" ", "אֲדָמָה מַיִם זֶרַע גֶּשֶׁם שֶׁמֶשׁ צֵל עָלֶה שֹׁרֶשׁ פֶּרַח עֵץ גַּן חֹרֶף".split()),
 }
@@ -262,15 +255,14 @@ def test_other_scripts_are_read_and_unknown_text_is_a_warning(script, notes, tmp
     rng = np.random.default_rng(0)
     (tmp_path / "notes").mkdir()
     for i in range(30):
-        parts = [separator.join(rng.choice(list(units), n)) for n in (6, 40, 6, 40)]
-        text = "# {}\n\n{}\n\n## {}\n\n{}\n".format(*parts)
+        texts = [separator.join(rng.choice(list(units), n)) for n in (6, 40, 6, 40)]
+        text = "# {}\n\n{}\n\n## {}\n\n{}\n".format(*texts)
         (tmp_path / "notes" / f"{i}.md").write_text(text, encoding="utf-8")
     meta = prepare_folder(tmp_path / "notes", tmp_path / "own")
     printed = capsys.readouterr().out
     assert meta["rows"]["stage3/heading-section"] > 20 and "warning" not in printed
     assert float(re.search(r"([\d.]+)% of [\d,]+ tokens are \[UNK\]", printed)[1]) < 5
-    english = f"--tokenizer={notes}/out/tokenizer.json"
-    prepare_folder(tmp_path / "notes", tmp_path / "english", english)
+    prepare_folder(tmp_path / "notes", tmp_path / "english", f"--tokenizer={notes}/out")
     assert "the tokenizer does not know this text" in capsys.readouterr().out
 
 
@@ -285,9 +277,8 @@ def test_what_is_added_is_there_token_for_token_without_what_is_held_out(notes, 
     assert fingerprint(tokenizer) == fingerprint(load_tokenizer(tmp_path / "added"))
     before = Source(tmp_path / "added/stage2/heading-section", tokenizer)
     after = Source(tmp_path / "out/stage2/heading-section-added", tokenizer)
-    assert 0 < len(before) - len(after) <= 8
     kept, rows = ({bytes(s.columns["document"][i]) for i in range(len(s))} for s in (after, before))
-    assert kept < rows
+    assert kept < rows and 0 < len(before) - len(after) <= 8
     assert not any(leaked[:60] in text for text in training_text(tmp_path / "out"))
     assert meta["contamination"]["sources"]["stage2/heading-section-added"]
 
@@ -309,8 +300,8 @@ def test_which_files_are_read(tmp_path, capsys):
         (tmp_path / "notes" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "notes" / name).write_text(text, encoding="utf-8")
     meta = prepare_folder(tmp_path / "notes", tmp_path / "out")
-    left_out = {"in a hidden or built folder": 2, "copy of another file": 1}
-    left_out["fewer than ten words"] = 1
+    reasons = ("in a hidden or built folder", "copy of another file", "fewer than ten words")
+    left_out = dict(zip(reasons, (2, 1, 1), strict=True))
     assert meta["files"] == {"read": 9, **left_out}
     printed = capsys.readouterr().out
     assert all(f"{count} {reason}" in printed for reason, count in left_out.items())
@@ -320,15 +311,13 @@ def test_which_files_are_read(tmp_path, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 def test_any_name_is_an_id_and_links_to_folders_are_counted(tmp_path):
     write_notes(tmp_path / "notes", files=6)
-    for i, name in enumerate(
-        [b"a\tb.md", b"c\nd\r.md", b"caf\xe9.md", b"e\\f.md", b"g.md", b"h.md"]
-    ):
+    for i, name in enumerate([b"a\tb.md", b"c\nd\r.md", b"caf\xe9.md", b"e\\f.md"]):
         (tmp_path / f"notes/note-{i}.md").rename(tmp_path / "notes" / os.fsdecode(name))
     (tmp_path / "notes/loop").symlink_to(tmp_path / "notes")
     meta = prepare_folder(tmp_path / "notes", tmp_path / "out")
     assert meta["files"] == {"read": 6, "link to a folder or to nothing": 1}
     rows = map(json.loads, open(tmp_path / "out/search/corpus.jsonl", encoding="utf-8"))
-    names = {r"a\tb.md", r"c\nd\r.md", r"caf\udce9.md", r"e\\f.md", "g.md", "h.md"}
+    names = {r"a\tb.md", r"c\nd\r.md", r"caf\udce9.md", r"e\\f.md", "note-4.md", "note-5.md"}
     assert {row["_id"] for row in rows} == names
     assert all(read_task(tmp_path / "out" / TASK, split)[2] for split in ("dev", "test"))
 
@@ -339,29 +328,26 @@ LONG = "one of the words that are enough of them for a text to be a text "
 @cases(
     "texts, reason",
     [
-        (None, "is not a folder"),
         ([], "no file of .md"),
         ([LONG * 2], "3 are needed"),
-        ([LONG * 2, b"# B\n\ncaf\xe9"], "1.md, line 3: not UTF-8"),
+        ([LONG * 2, "# B\n\ncaf\xe9"], "1.md, line 3: not UTF-8"),
         ([f"# T\n\n## {i}\n\n{LONG * 3}" for i in range(6)], "1 read, 5 copy of another file"),
         ([f"# {i}\n\n## a\n\n{LONG}" for i in "abcdef"], "pairs too short"),
         ([f"# J\n\n## A\n\n{LONG.replace(' ', ' ' + i)}" for i in "abcdef"], "with equal headings"),
     ],
 )
 def test_bad_folders_are_one_line_that_says_why_and_leave_nothing(tmp_path, texts, reason):
-    if texts is not None:
-        (tmp_path / "notes").mkdir()
-    for i, text in enumerate(texts or []):
-        text = text if isinstance(text, bytes) else text.encode()
-        (tmp_path / "notes" / f"{i}.md").write_bytes(text)
-    with pytest.raises(InputError, match=reason):
-        prepare_folder(tmp_path / "notes", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes"] * (texts is not None)
+    (tmp_path / "notes").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "notes" / f"{i}.md").write_text(text, "latin-1")
+    for name, message in (("notes", reason), ("nowhere", "nowhere is not a folder")):
+        with pytest.raises(InputError, match=message):
+            prepare_folder(tmp_path / name, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
-def test_two_tokenizers_are_an_error(notes, tmp_path):
-    path = tmp_path / "tokenizer.json"
-    prepare.train_tokenizer(["some words"] * 9, 300).save(str(path))
+def test_two_tokenizers_are_an_error(notes, tokenizer, tmp_path):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    options = [f"--tokenizer={tmp_path}", f"--add={notes}/out"]
     with pytest.raises(InputError, match="another tokenizer"):
-        options = [f"--tokenizer={path}", f"--add={notes}/out"]
         prepare_folder(notes / "notes", tmp_path / "new", *options)
