@@ -106,8 +106,10 @@ def test_dynamic_ntk_is_on_where_the_file_or_the_argument_gives_a_factor(
     assert (rope.scaling, rope.factor, rope.trained_length) == (*expected, 2048)
 
 
-def test_a_checkpoint_without_tokenizer_opens_but_does_not_encode(directory):
-    (directory / "tokenizer.json").unlink()
+def test_an_encoder_is_no_masked_language_model_and_does_not_encode_without_a_tokenizer(directory):
+    with refused("has no MLM head"):
+        NomicBertForMaskedLM.from_pretrained(directory)
+    (directory / TOKENIZER).unlink()
     with refused("no tokenizer.json beside the model"):
         NomicBert.from_pretrained(directory).encode(["words"])
 
@@ -131,17 +133,6 @@ def test_saved_and_opened_again_is_equal_bit_for_bit(tokenizer, tmp_path, cls, s
     assert len(written) >= 7
     for path in written:
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
-
-
-def test_the_encoder_of_a_masked_language_model_opens_without_its_head(tokenizer, tmp_path):
-    model = tiny_model(tokenizer, NomicBertForMaskedLM)
-    model.save_pretrained(tmp_path / "masked")
-    encoder = NomicBert.from_pretrained(tmp_path / "masked")
-    for name, weight in model.bert.state_dict().items():
-        assert torch.equal(weight, encoder.state_dict()[name])
-    encoder.save_pretrained(tmp_path / "encoder")
-    with refused("has no MLM head"):
-        NomicBertForMaskedLM.from_pretrained(tmp_path / "encoder")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -238,28 +229,21 @@ def test_a_field_of_another_type_or_out_of_range_is_named(tmp_path, name, value)
         checkpoint.read_config(tmp_path)
 
 
-@pytest.mark.parametrize("vocab_size", [64, 4096])
-def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(tmp_path, tokenizer, vocab_size):
-    tiny_model(tokenizer, vocab_size=vocab_size).save_pretrained(tmp_path)
-    with refused(f"tokens, vocab_size in .* is {vocab_size}: it should be"):
-        NomicBert.from_pretrained(tmp_path)
-
-
-@cases("factor", [0.5, NAN, INF])
-def test_a_factor_of_dynamic_ntk_below_1_is_refused(directory, factor):
-    with refused("rope_factor=.*: give a number from 1 to 1000"):
-        NomicBert.from_pretrained(directory, rope_factor=factor)
+def test_a_tokenizer_or_a_factor_that_does_not_fit_the_model_is_refused(directory, tokenizer):
+    for factor in (0.5, NAN, INF):
+        with refused("rope_factor=.*: give a number from 1 to 1000"):
+            NomicBert.from_pretrained(directory, rope_factor=factor)
+    for vocab_size in (64, 4096):
+        tiny_model(tokenizer, vocab_size=vocab_size).save_pretrained(directory)
+        with refused(f"tokens, vocab_size in .* is {vocab_size}: it should be"):
+            NomicBert.from_pretrained(directory)
 
 
 def test_code_beside_safetensors_is_never_executed(directory):
     """Whoever opens this pickle, or imports this module, makes a folder."""
     folder = str(directory / "executed")
-
-    class Program:
-        def __reduce__(self):
-            return os.mkdir, (folder,)
-
-    torch.save(Program(), directory / "pytorch_model.bin")
+    program = type("Program", (), {"__reduce__": lambda self: (os.mkdir, (folder,))})()
+    torch.save(program, directory / "pytorch_model.bin")
     (directory / "modeling_hf_nomic_bert.py").write_text(f"import os; os.mkdir({folder!r})")
     v1(directory)  # its auto_map names that module
     NomicBert.from_pretrained(directory)

@@ -22,6 +22,7 @@ def unit_rows(n, E=16, seed=0):
 
 
 def test_info_nce_equals_a_loop():
+    """With more documents than queries: every negative counts."""
     query, document = unit_rows(5, seed=1), unit_rows(12, seed=2)
     expected = 0.0
     for i in range(5):

@@ -156,15 +156,6 @@ def test_a_source_keeps_the_negatives_that_it_brings(tokenizer, tmp_path):
     assert len(chosen(source, mined, 5, 3) & documents) == 1
 
 
-def test_every_negative_counts_in_the_loss():
-    """A released GradCache cut the documents at the number of queries: 3 of 4 were never seen."""
-    query, negative = (torch.from_numpy(unit_rows(n, seed=n)) for n in (4, 12))
-    full = info_nce(query, torch.cat((query, negative)), 0.5)
-    for i in range(12):
-        without = torch.cat((query, negative[:i], negative[i + 1 :]))
-        assert info_nce(query, without, 0.5) < full
-
-
 def test_matryoshka_adds_the_loss_of_the_first_dimensions_in_the_sizes_of_v1_5():
     sizes = [matryoshka_sizes(hidden_size) for hidden_size in (768, 256, 32)]
     assert sizes == [[64, 128, 256, 512, 768], [64, 128, 256], [32]]

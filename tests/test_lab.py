@@ -186,19 +186,18 @@ def test_a_function_that_stops_the_tests_is_not_right(work, monkeypatch, body, m
 
 def test_a_file_that_cannot_be_read_is_a_line_and_the_others_are_checked(work):
     contents = {
-        "mask_tokens": (b"def mask_tokens(x:\n    pass\n", "line 1"),
-        "rotate": (b"def turn(x):\n    pass\n", "no function rotate"),
-        "mean_pool": (b"def mean_pool(): \xff\n", "utf-8"),
-        "info_nce": (b"#" * 200_000, "more than 20,000 bytes"),
-        "ndcg": (b"x = " + b"(" * 9000, "nested"),
+        b"def mask_tokens(x:\n    pass\n": "line 1",
+        b"def turn(x):\n    pass\n": "no function rotate",
+        b"def mean_pool(): \xff\n": "utf-8",
+        b"#" * 200_000: "more than 20,000 bytes",
+        b"x = " + b"(" * 9000: "nested",
     }
-    for name, (content, _) in contents.items():
+    for name, content in zip(BY_NAME, contents, strict=False):
         (work.path / f"{name}.py").write_bytes(content)
     lines = work("check").splitlines()
-    assert len(lines) == len(EXERCISES)
-    for line, (_, expected) in zip(lines, contents.values(), strict=False):
-        assert f"{work.path}/" in line and expected in line
-    assert all(line.endswith(": not begun") for line in lines[5:])
+    for line, message in zip(lines, contents.values(), strict=False):
+        assert f"{work.path}/" in line and message in line
+    assert [line.split(": ")[1] for line in lines[5:]] == ["not begun"] * (len(EXERCISES) - 5)
 
 
 @cases(
@@ -234,13 +233,13 @@ def test_a_damaged_record_or_a_missing_folder_is_one_line(record, work):
 
 def test_a_class_is_graded_by_its_functions_alone(work, tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "judge", lambda _, text: ("right" if "2 + i" in text else "no", ""))
-    hints, prediction = {"ndcg": {"hints": 2}}, {"predicted": 0.1}
-    contents = {  # of each student: progress.json, and what is written for ndcg
-        "ann": (hints | {"rope": prediction, "=1+1": prediction}, cutting.real(BY_NAME["ndcg"])),
-        "bob": ({"ndcg": {"result": "right"}}, "def ndcg(*_): return 1\n"),
-        "eve": ("damaged", stub(BY_NAME["ndcg"])),
-    }
-    for student, (record, function) in contents.items():
+    prediction = {"predicted": 0.1}
+    of_ann = {"ndcg": {"hints": 2}, "rope": prediction, "=1+1": prediction}
+    for student, record, function in (
+        ("ann", of_ann, cutting.real(BY_NAME["ndcg"])),
+        ("bob", {"ndcg": {"result": "right"}}, "def ndcg(*_): return 1\n"),
+        ("eve", "damaged", stub(BY_NAME["ndcg"])),
+    ):
         folder = shutil.copytree(work.path, tmp_path / "class" / student)
         (folder / "progress.json").write_text(json.dumps(record))
         (folder / "ndcg.py").write_text(function)
@@ -267,11 +266,9 @@ def test_a_prepared_out_is_copied_and_one_that_is_there_stays(work, tmp_path):
 
 def test_there_is_a_slide_for_each_part_and_what_slides_name_exists():
     text = (ROOT / "lab" / "slides.md").read_text(encoding="utf-8")
-    slides, guide = text.split("\n---\n"), (ROOT / "lab" / "INSTRUCTOR.md").read_text()
-    assert len(slides) == len(re.findall(r"^\| \d+-\d+ \|", guide, re.M)) == 10
-    for name in list(BY_NAME)[:5]:
-        (slide,) = (s for s in slides if re.search(rf"^# .*`{name}`$", s, re.M))
-        assert "$$" in slide
+    guide = (ROOT / "lab" / "INSTRUCTOR.md").read_text()
+    assert len(text.split("\n---\n")) == len(re.findall(r"^\| \d+-\d+ \|", guide, re.M))
+    assert set(list(BY_NAME)[:5]) <= set(re.findall(r"^# .*`(\w+)`$", text, re.M))
     code = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
     assert all(f"def {name}(" in code for name in re.findall(r"`(\w+)`", text))
     for path in map(Path, re.findall(r"[\w./]+\.(?:py|png)", text)):
@@ -305,10 +302,6 @@ def test_a_prediction_is_compared_with_what_is_measured(data, data_tokenizer, tm
     assert "you predicted +0.500: outside" in shown and "cannot be told" in shown
     record = json.loads(work("status", "--json"))["experiments"]["rope"]
     assert record["predicted"] == 0.5 and abs(record["mean"]) < 0.05
-    for predicted, mean, verdict in (
-        (0.1, 0.12, "inside"),
-        (-0.1, 0.12, "outside"),
-        (0.02, 0.03, "inside .* cannot be told"),
-    ):  # two standard errors of .02
+    for predicted, mean, verdict in ((0.1, 0.12, "in"), (-0.1, 0.12, "out"), (0.02, 0.03, "in")):
         shown = experiments.verdict_on(predicted, {"mean": mean, "error": 0.02})
-        assert re.match(verdict, shown) and ("told" in shown) == (mean < 0.04)
+        assert shown.startswith(f"{verdict}side") and ("cannot be told" in shown) == (mean < 0.04)

@@ -1,4 +1,5 @@
-"""The model against its definition, written out once more, plainly and in float64."""
+"""Packed attention against softmax written out in float64, and what the model promises. That hidden
+states and gradients are those of the published model: test_parity.py."""
 
 import inspect
 import re
@@ -24,51 +25,6 @@ from model import (
     packed_attention,
     varlen_kernel,
 )
-
-
-def rotated(x, base):
-    """Position p of (L, H, D): pairs (i, i + D/2) turned by p * base ^ (-2i / D)."""
-    L, _, D = x.shape
-    angle = torch.arange(L)[:, None] * base ** (-2.0 * torch.arange(D // 2) / D)  # (L, D/2)
-    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)
-    a, b = x[..., : D // 2], x[..., D // 2 :]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
-def written_out(model, tokens):
-    """The hidden states of one text in float64, from the weights by their published names."""
-    w = {name: p.double() for name, p in model.state_dict().items()}
-    config, L = model.config, len(tokens)
-    H, C, D = config.num_attention_heads, config.hidden_size, config.head_size
-    base = config.rope_base
-    if L > config.trained_length:
-        s = config.rope_factor
-        base *= (s * L / config.trained_length - (s - 1)) ** (D / (D - 2))
-
-    def linear(x, name):
-        return x @ w[f"{name}.weight"].T
-
-    def norm(x, name):
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-12).sqrt()
-        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    words = w["embeddings.word_embeddings.weight"][tokens]
-    x = norm(words + w["embeddings.token_type_embeddings.weight"][0], "emb_ln")
-    for i in range(config.num_hidden_layers):
-        layer = f"encoder.layers.{i}"
-        q, k, v = linear(x, f"{layer}.attn.Wqkv").view(L, 3, H, D).unbind(1)
-        mixed = softmax_attention(rotated(q, base), rotated(k, base), v).reshape(L, C)
-        x = norm(x + linear(mixed, f"{layer}.attn.out_proj"), f"{layer}.norm1")
-        up, gate = linear(x, f"{layer}.mlp.fc11"), linear(x, f"{layer}.mlp.fc12")
-        x = norm(x + linear(up * gate * gate.sigmoid(), f"{layer}.mlp.fc2"), f"{layer}.norm2")
-    return x
-
-
-def test_hidden_states_equal_the_model_written_out():
-    """Up to the trained length of 128, and beyond it with Dynamic NTK."""
-    model, texts = tiny_model(), random_texts([1, 2, 77, 128, 129, 500])
-    expected = torch.cat([written_out(model, torch.from_numpy(text)) for text in texts])
-    assert torch.allclose(model(*pack(texts)).double(), expected, atol=1e-5)
 
 
 def test_the_default_shape_is_the_published_model():

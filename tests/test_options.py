@@ -4,7 +4,7 @@ import importlib
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT
@@ -65,26 +65,6 @@ def test_both_spellings_and_any_notation_of_a_number_are_understood():
     config, _ = read_options(mlm.Config, options, mlm.PRESETS)
     assert (config.batch_size, config.eval_every, config.lr) == (64, 1000, 0.001)
     assert (config.steps, config.compile) == (1000, True)
-
-
-@dataclass
-class Base:
-    decay: str = "linear"  # of the rate [linear, sqrt, cosine]
-    steps: int = 10  # optimizer steps [1, 100]
-
-
-@dataclass
-class Longer(Base):
-    steps: int = 1000  # optimizer steps [100, 1e4]
-    name: str = ""  # of [one] thing
-
-
-def test_a_config_may_add_to_another_and_a_text_may_have_values_to_choose_from():
-    config, _ = read_options(Longer, ["--decay=sqrt", "--name=a, b]", "--steps=5e3"])
-    assert config == Longer("sqrt", 5000, "a, b]")
-    for bad, message in (("decay=exp", "linear, sqrt or cosine"), ("steps=50", "from 100 to")):
-        with refused(f"--{bad}: give .*{message}"):
-            read_options(Longer, [f"--{bad}"])
 
 
 BAD = [  # script, options, what the message has
