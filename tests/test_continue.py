@@ -11,8 +11,6 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file
 from test_checkpoint import v1
 from tiny import cases, tiny_model
 from tokenizers import Tokenizer, processors
@@ -58,20 +56,13 @@ def published(tmp_path, monkeypatch):
     return tmp_path / "published"
 
 
-def shard(directory):
-    weights = load_file(directory / "model.safetensors")
-    (directory / "model.safetensors").unlink()
-    save_torch_state_dict(weights, directory, max_shard_size="100KB")
-
-
 @pytest.mark.parametrize(("stage", "hub"), [(contrastive, False), (finetune, True)])
 def test_after_training_on_notes_a_search_finds_held_out_sections(
     published, monkeypatch, capsys, stage, hub
 ):
-    """In stage 2 from a directory, in stage 3 from a name on the hub, in shards."""
+    """In stage 2 from a directory, in stage 3 from a name on the hub."""
     init, tokenizer = "published", "published/tokenizer.json"
     if hub:
-        shard(published)
         download = lambda name, **_: str(published)  # noqa: E731
         monkeypatch.setattr("huggingface_hub.snapshot_download", download)
         init = tokenizer = "nomic-ai/a-name"

@@ -93,8 +93,7 @@ def folder(data, tmp_path_factory):
         for other in range(4):
             train(contrastive, data, folder / f"other-{other}", f"--seed={other}", "--steps=1")
             write_json(folder / f"data-{other}" / "meta.json", {"number": other})
-        (folder / "mlm-1-whole-1").mkdir()
-        (folder / "mlm-1-whole-1" / "letter.txt").write_text("mine")
+        write_json(folder / "mlm-1-whole-1" / "letter.json", "mine")
         for world in (2, 4):
             start_group(world, train_in_group, data, folder)
     finally:

@@ -75,14 +75,10 @@ def test_every_command_of_the_readme_runs(command, checkout):
     run(command, checkout)
 
 
-def test_the_pages_have_commands():
-    assert all(commands_of(page) for page in PAGES)
-
-
 @pytest.mark.parametrize("page", PAGES)
-def test_every_file_that_a_page_names_exists(page):
+def test_a_page_has_commands_and_every_file_that_it_names_exists(page):
     text = (ROOT / page).read_text()
     names = re.findall(r"`([\w/]+\.(?:py|txt|md|sh|tsv))`", text)
     names += [f"{os.path.dirname(page)}/{n}" for n in re.findall(r"\]\(([\w/.]+)\)", text)]
     missing = [n for n in names if not (ROOT / n.lstrip("/")).exists()]
-    assert names and not missing, missing
+    assert names and commands_of(page) and not missing, missing
