@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import cases, tiny_model
+from tiny import cases, refused, tiny_model
 
 from common import checkpoint
-from common.options import InputError
 from model import ModelConfig, NomicBert, NomicBertForMaskedLM
 
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 TEXTS = ["", "some words", "a much longer text " * 60]
 
 # ------------------------------------------------------------------------------------------------
@@ -31,16 +31,10 @@ def publish(directory, keep=False, **more):
     """config.json with GPT-2's names, as it came with nomic-bert-2048 and nomic-embed-text.
 
     keep: it has transformers' names as well."""
-    path = directory / "config.json"
+    path = directory / CONFIG
     native = json.loads(path.read_text())
     shape = {published: native[ours] for published, ours in NAMES.items()}
     path.write_text(json.dumps({**(native if keep else {}), **PUBLISHED, **shape, **more}))
-
-
-def edit_weights(directory, edit):
-    """edit: a dictionary of weights -> another one."""
-    path = directory / "model.safetensors"
-    save_file(edit(load_file(path)), path)
 
 
 def v1(directory, **more):
@@ -57,15 +51,13 @@ def v1_5_of_today(directory):
 def nomic_bert_2048(directory):
     """The masked language model: everything under bert., a head, and the decoder stored as well."""
     publish(directory, n_positions=2048, rotary_scaling_factor=2)
-
-    def add_head(weights):
-        words = weights["embeddings.word_embeddings.weight"]
-        head = {"transform.dense.weight": torch.eye(64), "decoder.weight": words.clone()}
-        head |= {f"transform.layer_norm.{x}": torch.ones(64) for x in ("weight", "bias")}
-        weights = {f"bert.{name}": weight for name, weight in weights.items()}
-        return weights | {f"cls.predictions.{name}": weight for name, weight in head.items()}
-
-    edit_weights(directory, add_head)
+    weights = load_file(directory / WEIGHTS)
+    words = weights["embeddings.word_embeddings.weight"].clone()
+    head = {"transform.dense.weight": torch.eye(64), "decoder.weight": words}
+    head |= {f"transform.layer_norm.{x}": torch.ones(64) for x in ("weight", "bias")}
+    weights = {f"bert.{name}": weight for name, weight in weights.items()}
+    weights |= {f"cls.predictions.{name}": weight for name, weight in head.items()}
+    save_file(weights, directory / WEIGHTS)
 
 
 @pytest.fixture
@@ -95,7 +87,8 @@ def test_every_published_variant_gives_the_same_embeddings(directory, variant):
 
 def test_weights_in_half_precision_open_as_float32(directory):
     expected = embeddings(directory)
-    edit_weights(directory, lambda w: {name: w[name].to(torch.bfloat16) for name in w})
+    weights = load_file(directory / WEIGHTS)
+    save_file({name: weight.bfloat16() for name, weight in weights.items()}, directory / WEIGHTS)
     model = NomicBert.from_pretrained(directory)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert (model.encode(TEXTS) * expected).sum(1).min() > 0.999
@@ -113,9 +106,11 @@ def test_dynamic_ntk_is_on_where_the_file_or_the_argument_gives_a_factor(
     assert (rope.scaling, rope.factor, rope.trained_length) == (*expected, 2048)
 
 
-def test_a_checkpoint_without_tokenizer_opens_but_does_not_encode(directory):
-    (directory / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match="no tokenizer.json beside the model"):
+def test_an_encoder_is_no_masked_language_model_and_does_not_encode_without_a_tokenizer(directory):
+    with refused("has no MLM head"):
+        NomicBertForMaskedLM.from_pretrained(directory)
+    (directory / TOKENIZER).unlink()
+    with refused("no tokenizer.json beside the model"):
         NomicBert.from_pretrained(directory).encode(["words"])
 
 
@@ -129,10 +124,8 @@ def test_saved_and_opened_again_is_equal_bit_for_bit(tokenizer, tmp_path, cls, s
     model = tiny_model(tokenizer, cls, rope_scaling=scaling, rope_factor=3.0)
     model.save_pretrained(tmp_path / "a")
     again = cls.from_pretrained(tmp_path / "a", dtype=torch.float32)
-    found, expected = vars(again.config), vars(model.config)
-    if scaling == "none":  # then config.json has no factor
-        found, expected = found | {"rope_factor": None}, expected | {"rope_factor": None}
-    assert found == expected
+    more = {"rope_factor": None} if scaling == "none" else {}  # then config.json has no factor
+    assert vars(again.config) | more == vars(model.config) | more
     for name, weight in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight), name
     again.save_pretrained(tmp_path / "b")
@@ -140,17 +133,6 @@ def test_saved_and_opened_again_is_equal_bit_for_bit(tokenizer, tmp_path, cls, s
     assert len(written) >= 7
     for path in written:
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
-
-
-def test_the_encoder_of_a_masked_language_model_opens_without_its_head(tokenizer, tmp_path):
-    model = tiny_model(tokenizer, NomicBertForMaskedLM)
-    model.save_pretrained(tmp_path / "masked")
-    encoder = NomicBert.from_pretrained(tmp_path / "masked")
-    for name, weight in model.bert.state_dict().items():
-        assert torch.equal(weight, encoder.state_dict()[name])
-    encoder.save_pretrained(tmp_path / "encoder")
-    with pytest.raises(InputError, match="has no MLM head"):
-        NomicBertForMaskedLM.from_pretrained(tmp_path / "encoder")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -178,7 +160,6 @@ def thirds(*sizes):
     return {QKV: None} | {Q.replace("q_proj", f"{x}_proj"): rows[x] for x in rows}
 
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 POOLING = "1_Pooling/config.json"
 NAN, INF = float("nan"), float("inf")
 NORM, BIAS = "encoder.layers.1.norm1.weight", "encoder.layers.0.attn.Wqkv.bias"
@@ -216,9 +197,8 @@ FLOAT8 = torch.ones(64).to(torch.float8_e4m3fn)
 )
 def test_a_damaged_checkpoint_is_an_error_of_one_line(directory, name, change, message):
     damage(directory / name, change)
-    with pytest.raises(InputError, match=message) as error:
+    with refused(f"model.*{message}"):
         NomicBert.from_pretrained(directory)
-    assert "\n" not in str(error.value) and "model" in str(error.value)
 
 
 ROPE = {"rope_theta": 1000.0, "rope_type": "dynamic", "factor": 2.0}
@@ -245,37 +225,29 @@ def test_a_field_of_another_type_or_out_of_range_is_named(tmp_path, name, value)
     checkpoint.read_config(tmp_path)
     change = {"rope_parameters": ROPE | {name: value}} if name in ROPE else {name: value}
     damage(tmp_path / CONFIG, change)
-    with pytest.raises(InputError, match=r"config.json: \w+ is .*; it has to ") as error:
+    with refused(r"config.json: \w+ is .{1,200}; it has to "):
         checkpoint.read_config(tmp_path)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-@pytest.mark.parametrize("vocab_size", [64, 4096])
-def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(tmp_path, tokenizer, vocab_size):
-    tiny_model(tokenizer, vocab_size=vocab_size).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=f"tokens, vocab_size in .* is {vocab_size}: it should be"):
-        NomicBert.from_pretrained(tmp_path)
-
-
-@cases("factor", [0.5, NAN, INF])
-def test_a_factor_of_dynamic_ntk_below_1_is_refused(directory, factor):
-    with pytest.raises(InputError, match="rope_factor=.*: give a number from 1 to 1000"):
-        NomicBert.from_pretrained(directory, rope_factor=factor)
+def test_a_tokenizer_or_a_factor_that_does_not_fit_the_model_is_refused(directory, tokenizer):
+    for factor in (0.5, NAN, INF):
+        with refused("rope_factor=.*: give a number from 1 to 1000"):
+            NomicBert.from_pretrained(directory, rope_factor=factor)
+    for vocab_size in (64, 4096):
+        tiny_model(tokenizer, vocab_size=vocab_size).save_pretrained(directory)
+        with refused(f"tokens, vocab_size in .* is {vocab_size}: it should be"):
+            NomicBert.from_pretrained(directory)
 
 
 def test_code_beside_safetensors_is_never_executed(directory):
     """Whoever opens this pickle, or imports this module, makes a folder."""
     folder = str(directory / "executed")
-
-    class Program:
-        def __reduce__(self):
-            return os.mkdir, (folder,)
-
-    torch.save(Program(), directory / "pytorch_model.bin")
+    program = type("Program", (), {"__reduce__": lambda self: (os.mkdir, (folder,))})()
+    torch.save(program, directory / "pytorch_model.bin")
     (directory / "modeling_hf_nomic_bert.py").write_text(f"import os; os.mkdir({folder!r})")
     v1(directory)  # its auto_map names that module
     NomicBert.from_pretrained(directory)
     (directory / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="a pickle .* is not opened"):
+    with refused("a pickle .* is not opened"):
         NomicBert.from_pretrained(directory)
     assert not (directory / "executed").exists()

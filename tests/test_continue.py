@@ -10,10 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
-from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file
 from test_checkpoint import v1
 from tiny import cases, tiny_model
 from tokenizers import Tokenizer, processors
@@ -27,18 +24,18 @@ from data.prefixes import PREFIXES
 from data.tasks import read_task
 from model import NomicBert
 
-TOPICS = {  # no heading stands in its text: which words belong to it has to be learned
-    "rain": "drops fall from grey clouds until everything gets wet",
-    "bread": "flour yeast and water rise slowly in warm ovens",
-    "chess": "one queen and two knights attack the black king",
-    "garden": "seeds roots need soil spades compost much patience",
-    "trains": "on rails engines pull heavy waggons towards the station",
-    "fever": "hot body weak voice doctor brings tablets every evening",
-    "sheep": "wool grass flock shepherd dog hills bells lambs",
-    "glass": "sand melts white furnace blower pipe bottle cools",
-    "voting": "ballot box party campaign mayor counts result majority",
-    "diving": "tank mask bubbles deep reef pressure fins current",
-}
+TOPICS = """rain: drops fall from grey clouds until everything gets wet
+bread: flour yeast and water rise slowly in warm ovens
+chess: one queen and two knights attack the black king
+garden: seeds roots need soil spades compost much patience
+trains: on rails engines pull heavy waggons towards the station
+fever: hot body weak voice doctor brings tablets every evening
+sheep: wool grass flock shepherd dog hills bells lambs
+glass: sand melts white furnace blower pipe bottle cools
+voting: ballot box party campaign mayor counts result majority
+diving: tank mask bubbles deep reef pressure fins current"""
+TOPICS = dict(line.split(": ") for line in TOPICS.split("\n"))
+# no heading stands in its text: which words belong to it has to be learned
 
 
 @pytest.fixture
@@ -59,20 +56,13 @@ def published(tmp_path, monkeypatch):
     return tmp_path / "published"
 
 
-def shard(directory):
-    weights = load_file(directory / "model.safetensors")
-    (directory / "model.safetensors").unlink()
-    save_torch_state_dict(weights, directory, max_shard_size="100KB")
-
-
-@pytest.mark.parametrize("stage", [contrastive, finetune])
-@pytest.mark.parametrize("hub", [False, True], ids=["a directory", "a name on the hub, in shards"])
+@pytest.mark.parametrize(("stage", "hub"), [(contrastive, False), (finetune, True)])
 def test_after_training_on_notes_a_search_finds_held_out_sections(
     published, monkeypatch, capsys, stage, hub
 ):
+    """In stage 2 from a directory, in stage 3 from a name on the hub."""
     init, tokenizer = "published", "published/tokenizer.json"
     if hub:
-        shard(published)
         download = lambda name, **_: str(published)  # noqa: E731
         monkeypatch.setattr("huggingface_hub.snapshot_download", download)
         init = tokenizer = "nomic-ai/a-name"
@@ -99,21 +89,21 @@ def test_after_training_on_notes_a_search_finds_held_out_sections(
 
 
 def test_a_name_on_the_hub_opens_from_its_cache_or_is_an_error_of_one_line(published, tmp_path):
-    repository = tmp_path / "cache" / "models--nomic-ai--nomic-embed-text-v1"
-    (repository / "refs").mkdir(parents=True)
+    repository = tmp_path / "models--nomic-ai--nomic-embed-text-v1"
+    for name in ("refs", "snapshots"):
+        (repository / name).mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
-    (repository / "snapshots").mkdir()
     snapshot = published.rename(repository / "snapshots" / ("0" * 40))
     code = (
-        "import torch; from model import NomicBert; from common.options import cli\n"
-        "model = NomicBert.from_pretrained('nomic-ai/nomic-embed-text-v1', torch.float32)\n"
-        "print(model.encode(['grey clouds'])[0, :4].tolist())\n"
+        "from model import NomicBert; from common.options import cli\n"
+        "model = NomicBert.from_pretrained('nomic-ai/nomic-embed-text-v1')\n"
+        "print(model.encode(['grey clouds']).tolist())\n"
         "cli(lambda _: NomicBert.from_pretrained('nobody/nothing'))"
     )
-    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    command, options = [sys.executable, "-c", code], {"cwd": ROOT, "env": env, "text": True}
-    result = subprocess.run(command, capture_output=True, **options)
-    expected = NomicBert.from_pretrained(snapshot, torch.float32).encode(["grey clouds"])[0, :4]
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    expected = NomicBert.from_pretrained(snapshot).encode(["grey clouds"])
     np.testing.assert_allclose(json.loads(result.stdout), expected, atol=1e-6)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "no directory nobody/nothing here" in result.stderr
@@ -131,11 +121,7 @@ def test_a_special_token_in_a_text_is_read_as_its_characters(published, special)
     tokenizer.save("bert.json")
     for path in ("published/tokenizer.json", "bert.json"):
         tokenizer = load_tokenizer(path)
-        written, spaced, ordinary = (
-            encoding.ids
-            for encoding in tokenizer.encode_batch_fast(
-                [f"grey{special} clouds", f"grey [ {special[1:-1]} ] clouds", "grey clouds"]
-            )
-        )
+        texts = [f"grey{special} clouds", f"grey [ {special[1:-1]} ] clouds", "grey clouds"]
+        written, spaced, ordinary = (x.ids for x in tokenizer.encode_batch_fast(texts))
         assert written == spaced and len(written) > len(ordinary) == 4
         assert fingerprint(tokenizer) == fingerprint(Tokenizer.from_str(tokenizer.to_str()))

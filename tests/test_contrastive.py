@@ -11,13 +11,7 @@ from torch import multiprocessing
 
 import contrastive
 from common.files import load_tokenizer
-from contrastive import (
-    embed,
-    gather,
-    grad_cache,
-    info_nce,
-    info_nce_in_blocks,
-)
+from contrastive import embed, gather, grad_cache, info_nce, info_nce_in_blocks
 from data.store import text_keys
 from model import NomicBert, NomicBertForMaskedLM
 
@@ -28,6 +22,7 @@ def unit_rows(n, E=16, seed=0):
 
 
 def test_info_nce_equals_a_loop():
+    """With more documents than queries: every negative counts."""
     query, document = unit_rows(5, seed=1), unit_rows(12, seed=2)
     expected = 0.0
     for i in range(5):
@@ -49,15 +44,14 @@ def test_copies_of_the_right_document_are_no_negatives():
     assert len(set(keys.tolist())) == 8
     assert info_nce(rows, rows, 0.02).item() / 64 == pytest.approx(math.log(8))
     assert info_nce(rows, rows, 0.02, keys=keys).item() / 64 < 1e-6
-    document, first = unit_rows(64, seed=3), 21
-    by_hand = {}  # of each query
+    document, by_hand = unit_rows(64, seed=3), []  # the loss of each query
     for i in range(64):
-        others = [j for j in range(64) if j == i or j % 8 != i % 8]
-        log_p = F.log_softmax(rows[i] @ document[others].T / 0.02, 0)
-        by_hand[i] = -log_p[others.index(i)].item()
-    assert info_nce(rows, document, 0.02, keys=keys).item() == pytest.approx(sum(by_hand.values()))
-    loss = info_nce(rows[first : first + 20], document, 0.02, first, keys).item()
-    assert loss == pytest.approx(sum(by_hand[i] for i in range(first, first + 20)))
+        counted = [j for j in range(64) if j == i or j % 8 != i % 8]
+        log_p = F.log_softmax(rows[i] @ document[counted].T / 0.02, 0)
+        by_hand.append(-log_p[counted.index(i)].item())
+    for first, last in ((0, 64), (21, 41)):
+        loss = info_nce(rows[first:last], document, 0.02, first, keys).item()
+        assert loss == pytest.approx(sum(by_hand[first:last]))
 
 
 @pytest.mark.parametrize("logits_in_memory", [1, 1000, 10_000])
@@ -104,8 +98,7 @@ def whole_batch(dtype=torch.float32):
 def test_grad_cache_has_the_gradient_of_the_whole_batch(micro_batch_tokens):
     loss, expected = whole_batch()
     model = tiny_model()
-    cached = grad_cache(model, TEXTS, loss_of, micro_batch_tokens)
-    assert cached.item() == pytest.approx(loss, abs=1e-5)
+    assert grad_cache(model, TEXTS, loss_of, micro_batch_tokens).item() == pytest.approx(loss)
     torch.testing.assert_close(gradients(model), expected, rtol=0, atol=1e-5)
 
 
@@ -125,7 +118,6 @@ def test_grad_cache_keeps_the_activations_of_one_micro_batch_at_a_time():
     for tokens in (50, 100_000):
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.x):
             grad_cache(tiny_model(), TEXTS, loss_of, tokens)
-    assert sum(map(len, TEXTS)) > 300
     assert peak[50] < 0.5 * peak[100_000], "numbers kept for backward"
 
 
@@ -154,8 +146,7 @@ def gradients_of_a_process(rank, world, folder, pairs=16, E=16):
     """Saves the gradient of the mean loss over all pairs, of which each process has a share."""
     init = f"file://{folder}/store-{world}"
     torch.distributed.init_process_group("gloo", init, rank=rank, world_size=world)
-    share = pairs // world
-    own = slice(rank * share, (rank + 1) * share)
+    own = slice(rank * pairs // world, (rank + 1) * pairs // world)
     for way in WAYS:
         weight = unit_rows(E, E, seed=3).requires_grad_()
         query, document = unit_rows(pairs, E, seed=1), unit_rows(pairs, E, seed=2)
@@ -171,13 +162,13 @@ def gradients_of_a_process(rank, world, folder, pairs=16, E=16):
 
 
 def test_only_gathering_with_gradient_has_the_gradient_of_one_process(tmp_path):
-    found = {}
+    results = {}
     for world in (1, 2, 4):
-        given = (gradients_of_a_process, (world, tmp_path), world)
-        multiprocessing.start_processes(*given, start_method="fork")
-        found[world] = [torch.load(tmp_path / f"{way}-{world}.pt") for way in WAYS]
-    true = found[1][0]
-    for gathered, *others in (found[2], found[4]):
+        arguments = (gradients_of_a_process, (world, tmp_path), world)
+        multiprocessing.start_processes(*arguments, start_method="fork")
+        results[world] = [torch.load(tmp_path / f"{way}-{world}.pt") for way in WAYS]
+    true = results[1][0]
+    for gathered, *others in (results[2], results[4]):
         torch.testing.assert_close(gathered, true, rtol=1e-12, atol=1e-12)
         without, local = (F.cosine_similarity(gradient, true, 0) for gradient in others)
         assert local < without < 0.999
@@ -189,8 +180,8 @@ def test_only_gathering_with_gradient_has_the_gradient_of_one_process(tmp_path):
 @pytest.mark.parametrize("cls", [NomicBertForMaskedLM, NomicBert])
 def test_a_run_starts_from_all_the_weights_of_the_checkpoint(cls, data, tmp_path):
     tiny_model(load_tokenizer(data), cls).save_pretrained(tmp_path / "init")
-    given = [f"--data={data}", f"--init={tmp_path}/init", f"--out={tmp_path}/out", "--lr=0"]
-    contrastive.main([*given, "--steps=1", "--batch-size=4", "--eval-every=0"])
+    arguments = [f"--data={data}", f"--init={tmp_path}/init", f"--out={tmp_path}/out", "--lr=0"]
+    contrastive.main([*arguments, "--steps=1", "--batch-size=4", "--eval-every=0"])
     models = (NomicBert.from_pretrained(tmp_path / name) for name in ("init", "out"))
-    before, after = (dict(model.named_parameters()) for model in models)
+    before, after = (model.state_dict() for model in models)
     assert all(torch.equal(before[name], after[name]) for name in before | after)

@@ -7,9 +7,8 @@ import re
 
 import numpy as np
 import pytest
-from tiny import cases, tiny_model
+from tiny import cases, refused, tiny_model
 
-from common.options import InputError
 from data.tasks import splits_of
 from metrics import Retrieval, bm25, mrr, ndcg, recall, summary, top_k
 
@@ -40,13 +39,10 @@ def test_the_best_ranking_scores_1_at_every_k_and_what_comes_later_counts_nothin
     assert ndcg(missed, relevant, k) == pytest.approx(1 - best[-1] / sum(best))
 
 
-def test_the_standard_error_is_the_deviation_of_the_mean():
+def test_the_standard_error_is_that_of_the_mean_over_the_units_that_were_drawn():
+    """Of six hits in three texts, deviations sum to 1, -1, 0: sqrt(3 / 2 * (1 + 1 + 0)) / 6."""
     assert summary([0, 1, 0, 1]) == {"mean": 0.5, "error": pytest.approx(math.sqrt(1 / 3) / 2)}
     assert summary([3]) == summary([3, 3], unit=[7, 7]) == {"mean": 3, "error": None}
-
-
-def test_values_of_one_unit_count_as_one_draw():
-    """Deviations sum to 1, -1, 0 in the three texts: sqrt(3 / 2 * (1 + 1 + 0)) / 6."""
     hits, texts = [1, 1, 0, 0, 1, 0], [4, 4, 8, 8, 5, 5]
     assert summary(hits, texts) == {"mean": 0.5, "error": pytest.approx(math.sqrt(3) / 6)}
     assert summary(hits, range(6)) == summary(hits)
@@ -91,9 +87,20 @@ def write_task(folder, corpus=CORPUS, queries=QUERIES, qrels=QRELS, ending="", p
     return folder
 
 
-@pytest.mark.parametrize("ending", ["", ".gz"])
-def test_a_task_is_read_with_titles_and_prefixes_and_without_grade_0(tmp_path, ending):
-    task = Retrieval(write_task(tmp_path / "task", ending=ending), "test")
+@cases(
+    ("ending", "qrels"),
+    [
+        *[(ending, QRELS) for ending in ("", ".gz")],
+        ("", ["q1\td7\t2.0", "q2\td13\t1e0", "q1\td13\t-1"]),
+        ("", ["q1\td7\t2.000e+00", "q2\td13\t+1."]),
+        ("", ["", *QRELS, "", " "]),
+        ("", ["\ufeffquery-id\tcorpus-id\tscore", *QRELS[1:]]),
+        ("", [f"{line}\r" for line in QRELS]),
+    ],
+)
+def test_a_task_is_read_with_titles_and_prefixes_and_without_grade_0(tmp_path, ending, qrels):
+    """Grades are in any notation; there may be blank lines."""
+    task = Retrieval(write_task(tmp_path / "task", ending=ending, qrels=qrels), "test")
     assert task.documents[7] == "Seven is a number" and len(task.documents) == 30
     assert task.relevant == [{7: 2}, {13: 1}]
     assert task.prefixes["query"] == "search_query: "
@@ -124,23 +131,8 @@ BAD_PREFIXES = ["3", "null", '["search_query: "]', '"q"', '{"query": 3}', '{"que
     ],
 )
 def test_a_bad_task_is_an_error_that_names_file_and_line(tmp_path, damage, message):
-    with pytest.raises(InputError, match=re.escape(message)):
+    with refused(re.escape(message)):
         Retrieval(write_task(tmp_path / "task", **damage), "test")
-
-
-@cases(
-    "qrels",
-    [
-        ["q1\td7\t2.0", "q2\td13\t1e0", "q1\td13\t-1"],
-        ["q1\td7\t2.000e+00", "q2\td13\t+1."],
-        ["", *QRELS, "", " "],
-        ["\ufeffquery-id\tcorpus-id\tscore", *QRELS[1:]],
-        [f"{line}\r" for line in QRELS],
-    ],
-)
-def test_grades_in_any_notation_and_blank_lines_are_read(tmp_path, qrels):
-    task = Retrieval(write_task(tmp_path / "task", qrels=qrels), "test")
-    assert task.relevant == [{7: 2}, {13: 1}]
 
 
 def test_the_splits_are_the_tsv_files(tmp_path):

@@ -4,17 +4,17 @@ import importlib
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT
-from tiny import cases
+from tiny import STAGES, cases, refused
 
 import contrastive
 import evaluate
 import finetune
 import mlm
-from common.options import InputError, read_options
+from common.options import read_options
 from data import folder
 
 PATHS = [path for pattern in ("*.py", "data/*.py", "bench/*.py") for path in ROOT.glob(pattern)]
@@ -23,7 +23,6 @@ SCRIPTS = [
     for path in sorted(PATHS)
     if "read_options(" in path.read_text()
 ]
-STAGES = (mlm, contrastive, finetune)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -49,7 +48,7 @@ def option(name, value):
     return f"--{spelt(name)}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 def test_presets_are_accepted_as_options_would_be(stage):
     for name, preset in stage.PRESETS.items():
         config, origin = read_options(stage.Config, [f"--preset={name}"], stage.PRESETS)
@@ -57,9 +56,8 @@ def test_presets_are_accepted_as_options_would_be(stage):
         same, _ = read_options(stage.Config, options, stage.PRESETS)
         assert same == config and all(origin[key] == f"preset {name}" for key in preset)
     config, origin = read_options(stage.Config, ["--preset=paper", "--lr=1"], stage.PRESETS)
-    assert (config.lr, config.hidden_size, config.seed) == (1.0, 768, 0)
-    origins = [origin[key] for key in ("lr", "hidden_size", "seed")]
-    assert origins == ["option", "preset paper", "default"]
+    chosen = [(getattr(config, key), origin[key]) for key in ("lr", "hidden_size", "seed")]
+    assert chosen == [(1.0, "option"), (768, "preset paper"), (0, "default")]
 
 
 def test_both_spellings_and_any_notation_of_a_number_are_understood():
@@ -67,26 +65,6 @@ def test_both_spellings_and_any_notation_of_a_number_are_understood():
     config, _ = read_options(mlm.Config, options, mlm.PRESETS)
     assert (config.batch_size, config.eval_every, config.lr) == (64, 1000, 0.001)
     assert (config.steps, config.compile) == (1000, True)
-
-
-@dataclass
-class Base:
-    decay: str = "linear"  # of the rate [linear, sqrt, cosine]
-    steps: int = 10  # optimizer steps [1, 100]
-
-
-@dataclass
-class Longer(Base):
-    steps: int = 1000  # optimizer steps [100, 1e4]
-    name: str = ""  # of [one] thing
-
-
-def test_a_config_may_add_to_another_and_a_text_may_have_values_to_choose_from():
-    config, _ = read_options(Longer, ["--decay=sqrt", "--name=a, b]", "--steps=5e3"])
-    assert config == Longer("sqrt", 5000, "a, b]")
-    for bad, message in (("decay=exp", "linear, sqrt or cosine"), ("steps=50", "from 100 to")):
-        with pytest.raises(InputError, match=f"--{bad}: give .*{message}"):
-            read_options(Longer, [f"--{bad}"])
 
 
 BAD = [  # script, options, what the message has
@@ -123,9 +101,8 @@ def test_a_bad_option_is_one_line_that_says_what_to_give(
 ):
     monkeypatch.chdir(tmp_path)
     arguments = [str(tmp_path)] if script is folder else [f"--data={data}"]
-    with pytest.raises(InputError) as error:
+    with refused(re.escape(message)):
         script.main([*arguments, option])
-    assert message in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 

@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,30 +18,34 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
-from tiny import SMALL, cases, read_log, train
+from tiny import (
+    SMALL,
+    STAGES,
+    cases,
+    log_lines,
+    losses_of,
+    refused,
+    train,
+    wait_for_lines,
+)
 
-import common.run
 import contrastive
 import evaluate
 import finetune
 import mlm
-from common.device import training_flops
 from common.files import read_json, write_json
-from common.options import InputError
 from common.run import Run, learning_rate
 from model import NomicBert
 
-STAGES = (mlm, contrastive, finetune)
-each_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
+each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     """stage -> (losses, weights) of an undisturbed run; its folder is finished["folder"] / name."""
     folder = tmp_path_factory.mktemp("finished")
-    runs = {stage: train(stage, data, folder / stage.__name__) for stage in STAGES}
+    runs = {stage: train(stage, data, folder / name) for name, stage in STAGES.items()}
     return {"folder": folder, **runs}
 
 
@@ -73,11 +76,11 @@ def test_a_continued_run_equals_one_that_never_stopped(
     assert train(stage, data, tmp_path, option, "--resume") == finished[stage]
 
 
-@each_stage
-def test_a_finished_run_says_so_and_changes_no_byte(stage, data, finished, capsys):
+def test_a_finished_run_says_so_and_changes_no_byte(data, finished, capsys):
     before = contents(finished["folder"])
-    train(stage, data, finished["folder"] / stage.__name__)
-    assert "is finished" in capsys.readouterr().out
+    for name, stage in STAGES.items():
+        train(stage, data, finished["folder"] / name)
+    assert capsys.readouterr().out.count("is finished") == 3
     assert contents(finished["folder"]) == before
 
 
@@ -85,27 +88,6 @@ def test_a_finished_run_says_so_and_changes_no_byte(stage, data, finished, capsy
 def test_training_lowers_the_loss(stage, data, tmp_path):
     losses, _ = train(stage, data, tmp_path, "--steps=60", "--batch-size=16", "--lr=3e-3")
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
-
-
-def test_each_evaluation_shows_another_sample(data, tmp_path, capsys):
-    """Even if the interval is the number of queries: 5 in summary-code."""
-    for stage, interval in ((mlm, 2), (contrastive, 5)):
-        steps = f"--steps={3 * interval}"
-        train(stage, data, tmp_path / stage.__name__, f"--eval-every={interval}", steps)
-        lines = capsys.readouterr().out.splitlines()
-        samples = [lines[i + 1] for i, line in enumerate(lines) if line.startswith("step ")]
-        assert len(set(samples)) == len(samples) == 3
-
-
-def test_the_share_of_the_peak_is_logged_where_the_peak_is_known(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(common.run, "peak_flops", lambda device: 1e12)
-    train(mlm, data, tmp_path)
-    shape = NomicBert.from_pretrained(tmp_path).config
-    flops = training_flops(shape, [128] * 8, 0.30)
-    for line in read_log(tmp_path):
-        assert line["tokens"] == 8 * 128
-        expected = line["tokens_per_second"] * flops / line["tokens"] / 1e12
-        assert line["share_of_peak"] == pytest.approx(expected)
 
 
 def test_compiled_blocks_give_the_losses_of_plain_ones(data, tmp_path):
@@ -120,20 +102,25 @@ def test_compiled_blocks_give_the_losses_of_plain_ones(data, tmp_path):
 # Interrupted by others
 
 
-def train_silently(stage, arguments):
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    stage.main(arguments)
+def start(stage, data, out, *options):
+    """Runs a stage in a forked process, which need not import everything again. What it prints goes
+    to OUT.txt."""
+
+    def train_there():
+        sys.stdout = sys.stderr = open(f"{out}.txt", "w")
+        stage.main([*SMALL, *options, f"--data={data}", f"--out={out}"])
+
+    process = multiprocessing.get_context("fork").Process(target=train_there)
+    process.start()
+    return process
 
 
 def is_killed(stage, data, out, delay, writing=False):
-    """Runs a stage in a forked process, which need not import everything again, and kills it after
-    `delay` seconds, or the next time after that when it writes a file."""
+    """Runs a stage and kills it after `delay` seconds, or the next time after that when it writes a
+    file."""
     for left_over in out.rglob("*.tmp"):
         left_over.unlink()
-    arguments = [*SMALL, "--steps=8", "--save-every=1", f"--data={data}", f"--out={out}"]
-    fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=train_silently, args=(stage, arguments))
-    process.start()
+    process = start(stage, data, out, "--steps=8", "--save-every=1")
     process.join(delay)
     while writing and process.is_alive() and not any(out.rglob("*.tmp")):
         pass
@@ -155,36 +142,22 @@ def test_a_run_killed_at_any_moment_ends_with_the_bits_of_one_that_was_not(stage
         while kills < 4 and is_killed(stage, data, out, rng.uniform(0, seconds), kills % 2 == 1):
             kills += 1
         is_killed(stage, data, out, delay=None)
-        losses = [[line["loss"] for line in read_log(run)] for run in (out, undisturbed)]
-        assert losses[0] == losses[1]
+        assert losses_of(out) == losses_of(undisturbed)
         for name in ("model.safetensors", "config.json", "tokenizer.json"):
             assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
-
-
-def wait_for(condition, process, seconds=120):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
-        time.sleep(0.002)
-
-
-def log_lines(out):
-    return (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").is_file() else 0
 
 
 def test_a_run_that_is_asked_to_stop_saves_first_and_says_so(data, tmp_path):
     options = ["--steps=160", "--save-every=1000"]
     expected, out = train(mlm, data, tmp_path / "undisturbed", *options), tmp_path / "stopped"
-    command = [sys.executable, ROOT / "mlm.py", *SMALL, *options, f"--data={data}", f"--out={out}"]
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process, before = subprocess.Popen(command, text=True, **pipes), log_lines(out)
-        wait_for(lambda before=before: log_lines(out) >= before + 3, process)
-        process.send_signal(number)
-        shown, _ = process.communicate(timeout=60)
-        done = log_lines(out)
-        assert process.returncode == 128 + number and before + 3 <= done < 160
+        before, process = log_lines(out), start(mlm, data, out, *options)
+        wait_for_lines(out, before + 3, process.is_alive)
+        os.kill(process.pid, number)
+        process.join(60)
+        done, shown = log_lines(out), Path(f"{out}.txt").read_text()
+        assert process.exitcode == 128 + number and before + 3 <= done < 160
         assert f"stopped by {number.name}" in shown and f"saved at step {done}" in shown
     assert train(mlm, data, out, *options) == expected
 
@@ -197,7 +170,7 @@ def test_a_run_that_diverges_stops_and_spares_the_checkpoint(save_every, message
     """At lr * weight_decay = 1,000 weights grow a thousandfold in each step. Not in bf16, where the
     loss overflows before the weights do."""
     options = ("--lr=1000", "--weight-decay=1", "--warmup=0", "--steps=30", "--precision=float32")
-    with pytest.raises(InputError, match=message):
+    with refused(message):
         train(contrastive, data, tmp_path, *options, f"--save-every={save_every}")
     weights = load_file(tmp_path / "model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
@@ -206,22 +179,22 @@ def test_a_run_that_diverges_stops_and_spares_the_checkpoint(save_every, message
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(data, tmp_path, finished):
     """No file may grow beyond 1 MB: the weights fit, state.pt does not."""
     train(mlm, data, tmp_path, "--save-every=2", stop_after=3)
-    before = (tmp_path / "state.pt").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, limits = contents(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
     try:
-        with pytest.raises(InputError, match="cannot write .*state.pt"):
+        with refused("cannot write .*state.pt"):
             train(mlm, data, tmp_path, "--save-every=2")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (tmp_path / "state.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+    state, after = tmp_path / "state.pt", contents(tmp_path)
+    assert after[state] == before[state] and after.keys() == before.keys(), "nothing is left over"
 
 
 # ------------------------------------------------------------------------------------------------
 # OUT
 
 
-OTHERS = [("--lr=1", "lr .0.002, not 1.0"), ("--data=OTHER", "data"), ("--init=MLM", "init")]
+OTHERS = [("--lr=1", "lr .0.003, not 1.0"), ("--data=OTHER", "data"), ("--init=MLM", "init")]
 
 
 @pytest.mark.parametrize(("option", "message"), OTHERS)
@@ -232,7 +205,7 @@ def test_a_run_with_other_settings_is_refused_and_changes_nothing(
     write_json(other / "meta.json", read_json(data / "meta.json") | {"changed": True})
     option = option.replace("OTHER", str(other)).replace("MLM", f"{finished['folder']}/mlm")
     before = contents(out)
-    with pytest.raises(InputError, match=f"holds a run with another --{message}"):
+    with refused(f"holds a run with another --{message}"):
         train(contrastive, data, out, option)
     assert contents(out) == before
 
@@ -244,45 +217,36 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(data, tmp_path,
     folders = [*tmp_path.iterdir(), data, finished["folder"] / "contrastive"]
     before = [contents(folder) for folder in folders]
     for folder in folders:
-        with pytest.raises(InputError, match="holds something other than a run of mlm.py"):
+        with refused("holds something other than a run of mlm.py"):
             train(mlm, data, folder)
     assert [contents(folder) for folder in folders] == before
 
 
-def test_a_second_run_is_refused_while_the_first_one_is_running(
-    data, tmp_path, finished, monkeypatch
-):
+def test_a_second_run_is_refused_while_the_first_one_is_running(data, tmp_path, finished):
+    refusals = []
+
     def start_another():
-        with pytest.raises(InputError, match="another run is writing there"):
+        with refused("another run is writing there"):
             train(mlm, data, tmp_path)
+        refusals.append(1)
 
-    called = call_at_step_three(start_another, monkeypatch)
-    assert train(mlm, data, tmp_path) == finished[mlm] and called == [2]
-
-
-def call_at_step_three(function, monkeypatch):
-    """Calls it in the run that comes. Returns a list that says whether it was called."""
-    save, called = Run.save, []
-
-    def save_and_call(run, step):
-        save(run, step)
-        if step == 2:
-            function()
-            called.append(step)
-
-    monkeypatch.setattr(Run, "save", save_and_call)
-    return called
+    assert train(mlm, data, tmp_path, stop_after=3, call=start_another) == finished[mlm]
+    assert refusals
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_run_whose_folder_was_removed_says_so(replaced, data, tmp_path, finished, monkeypatch):
+def test_a_run_whose_folder_was_removed_says_so(replaced, data, tmp_path, finished):
     out, other = tmp_path / "run", finished["folder"] / "mlm"
-    replace = (lambda: shutil.copytree(other, out)) if replaced else (lambda: None)
-    call_at_step_three(lambda: (shutil.rmtree(out), replace()), monkeypatch)
-    with pytest.raises(InputError, match="run was removed or replaced while this run was writing"):
-        train(mlm, data, out)
-    bytes_of = [[content for content, _ in contents(folder).values()] for folder in (out, other)]
-    assert bytes_of[0] == (bytes_of[1] if replaced else [])
+
+    def remove():
+        shutil.rmtree(out)
+        if replaced:
+            shutil.copytree(other, out)
+
+    with refused("run was removed or replaced while this run was writing"):
+        train(mlm, data, out, stop_after=3, call=remove)
+    kept = [[content for content, _ in contents(folder).values()] for folder in (out, other)]
+    assert kept[0] == (kept[1] if replaced else [])
 
 
 def test_a_continued_run_does_not_keep_state_pt_open(interrupted, data, tmp_path, monkeypatch):
@@ -352,9 +316,9 @@ def test_a_damaged_or_missing_file_of_a_run_is_an_error_that_names_it(
     out = shutil.copytree(interrupted, tmp_path / "run")
     damage(out / name)
     before = contents(out)
-    with pytest.raises(InputError, match=message) as error:
+    with refused(message):
         train(mlm, data, out, "--save-every=3")
-    assert "\n" not in str(error.value) and contents(out) == before
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("text", [None, "damaged"])
@@ -369,21 +333,7 @@ def test_what_state_pt_has_as_well_may_be_missing_or_damaged(
     assert train(mlm, data, out, "--save-every=3") == finished[mlm]
 
 
-@cases(
-    ("name", "text"),
-    [("results.json", "{"), ("mlm/log.jsonl", "[]\n"), ("results.json", '{"ladder": 3}')],
-)
-def test_damaged_results_are_one_line_and_no_picture(tmp_path, name, text):
-    (tmp_path / "mlm").mkdir()
-    (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=re.escape(str(tmp_path))) as error:
-        evaluate.main(["plot", f"--out={tmp_path}"])
-    assert "\n" not in str(error.value) and not list(tmp_path.glob("*.png"))
-
-
-def test_each_stage_starts_from_the_one_before_and_inherits_its_shape(
-    data, tmp_path, finished, capsys
-):
+def test_each_stage_starts_from_the_one_before_in_the_same_shape(data, tmp_path, finished, capsys):
     init, options = finished["folder"] / "mlm", [f"--data={data}", "--steps=2", "--batch-size=8"]
     for stage in (contrastive, finetune):
         out = tmp_path / stage.__name__
@@ -391,19 +341,14 @@ def test_each_stage_starts_from_the_one_before_and_inherits_its_shape(
         assert f"hidden_size=64 (from {init})" in capsys.readouterr().out
         init = out
     assert NomicBert.from_pretrained(out).config.hidden_size == 64
-
-
-def test_a_model_without_layers_is_the_mean_of_word_vectors(data, tmp_path):
-    train(contrastive, data, tmp_path, "--num-hidden-layers=0")
-    model = NomicBert.from_pretrained(tmp_path, dtype=torch.float32)
-    tokens = torch.tensor(model.tokenizer.encode("some words").ids)
-    words = model.emb_ln(model.embeddings(tokens)).mean(0).detach()
-    np.testing.assert_allclose(model.encode(["some words"])[0], words / words.norm(), atol=1e-6)
+    with refused("--hidden-size contradicts .*finetune, where it is 64: leave it out"):
+        train(contrastive, data, tmp_path / "other", f"--init={init}", "--hidden-size=128")
 
 
 def test_a_ladder_and_its_pictures_have_every_row_that_was_trained(
     data, tmp_path, finished, capsys
 ):
+    """Damaged results are one line and no picture."""
     out = shutil.copytree(finished["folder"], tmp_path / "out")
     train(contrastive, data, out / "words", "--num-hidden-layers=0")
     options = [f"--data={data}", f"--out={out}"]
@@ -419,23 +364,24 @@ def test_a_ladder_and_its_pictures_have_every_row_that_was_trained(
     assert re.match(r"after stage 1: [\d,]+ masked tokens of test text, 0\.\d+ ±", lines[-1])
     evaluate.main(["plot", f"--out={out}"])
     assert {path.name for path in out.glob("*.png")} == {"curves.png", "ladder.png"}
+    for path in out.glob("*.png"):
+        path.unlink()
+    for name in ("mlm/log.jsonl", "results.json"):
+        (out / name).write_text("[]\n")
+        with refused(re.escape(str(out))):
+            evaluate.main(["plot", f"--out={out}"])
+    assert not list(out.glob("*.png"))
 
 
 def test_long_texts_are_scored_for_a_checkpoint_with_a_head(data, tmp_path, finished, capsys):
-    options = [f"--data={data}", f"--out={tmp_path}", "--max-tokens=256"]
+    command = ["long", f"--model={finished['folder']}/mlm", f"--data={data}", f"--out={tmp_path}"]
     capsys.readouterr()
-    evaluate.main(["long", f"--model={finished['folder']}/mlm", *options])
+    evaluate.main([*command, "--max-tokens=256"])
     *_, last = capsys.readouterr().out.splitlines()
     assert re.match(r"Dynamic NTK +256 .*\d ±", last)
     assert not (tmp_path / "results.json").exists(), "that has the lengths of OUT's own model"
-    with pytest.raises(InputError, match="--max-tokens=100: give 128, as trained, or more"):
-        evaluate.main(["long", f"--model={finished['folder']}/mlm", *options, "--max-tokens=100"])
-
-
-def test_a_shape_that_contradicts_the_checkpoint_is_refused_by_name(data, tmp_path, finished):
-    message = "--hidden-size contradicts .*mlm, where it is 64: leave it out"
-    with pytest.raises(InputError, match=message):
-        train(contrastive, data, tmp_path, f"--init={finished['folder']}/mlm", "--hidden-size=128")
+    with refused("--max-tokens=100: give 128, as trained, or more"):
+        evaluate.main([*command, "--max-tokens=100"])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -3,15 +3,21 @@
 import contextlib
 import json
 import math
+import time
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import contrastive
+import finetune
+import mlm
+from common.options import InputError
 from common.run import Run
 from model import ModelConfig, NomicBert
 
+STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
 SMALL = ["--hidden-size=64", "--num-hidden-layers=1", "--num-attention-heads=2"]
 SMALL += ["--intermediate-size=64", "--steps=6", "--batch-size=8", "--log-every=1"]
 SMALL += ["--eval-every=0"]
@@ -22,6 +28,14 @@ def cases(names, rows):
     rows = list(rows)
     ids = [f"{i} of {len(rows)}" for i in range(1, len(rows) + 1)]
     return pytest.mark.parametrize(names, rows, ids=ids)
+
+
+@contextlib.contextmanager
+def refused(message):
+    """Within it an InputError of one line is raised, in which `message` stands."""
+    with pytest.raises(InputError, match=message) as error:
+        yield
+    assert "\n" not in str(error.value)
 
 
 def tiny_model(tokenizer=None, cls=NomicBert, **shape):
@@ -64,27 +78,44 @@ class Stopped(Exception):
     pass
 
 
-def train(stage, data, out, *options, stop_after=None):
+def train(stage, data, out, *options, stop_after=None, call=None):
     """Runs a stage in this process. Returns the losses of its log and the bytes of its weights.
 
     stop_after: the run ends there as if it were killed: at the end of this step, after a checkpoint
-    was written if one was due."""
+    was written if one was due. call: a function that is called there instead."""
     save = Run.save
 
     def save_and_stop(run, step):
         save(run, step)
         if step + 1 == stop_after:
-            raise Stopped
+            if call is None:
+                raise Stopped
+            call()
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Stopped):
         patch.setattr(Run, "save", save_and_stop)
         stage.main([*SMALL, f"--data={data}", f"--out={out}", *options])
-    losses = [line["loss"] for line in read_log(out) if "loss" in line]
-    return losses, (out / "model.safetensors").read_bytes()
+    return losses_of(out), (out / "model.safetensors").read_bytes()
 
 
 def read_log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses_of(out):
+    return [line["loss"] for line in read_log(out) if "loss" in line]
+
+
+def log_lines(out):
+    return (out / "log.jsonl").read_bytes().count(b"\n") if (out / "log.jsonl").is_file() else 0
+
+
+def wait_for_lines(out, count, is_running):
+    """Waits until the log of a run has so many lines."""
+    until = time.monotonic() + 120
+    while log_lines(out) < count:
+        assert is_running() and time.monotonic() < until
+        time.sleep(0.002)
 
 
 class LargestTensor(TorchDispatchMode):
