@@ -39,11 +39,11 @@ class Config(contrastive.Config):
     """The options of stage 2; below are those that differ, and those that only stage 3 has."""
 
     out: str = "out/finetune"  # for the checkpoint and the log
-    steps: int = 60  # optimizer steps
+    steps: int = 100  # optimizer steps
     lr: float = 1e-3  # peak of the learning rate [0, 1000]
-    warmup: int = 6  # steps in which the rate rises [0, 1e9]
-    eval_every: int = 30  # steps between scores on held-out pairs; 0: never [0, 1e9]
-    save_every: int = 30  # steps between checkpoints
+    warmup: int = 10  # steps in which the rate rises [0, 1e9]
+    eval_every: int = 50  # steps between scores on held-out pairs; 0: never [0, 1e9]
+    save_every: int = 50  # steps between checkpoints
 
     negatives: int = 1  # hard negatives of a query in a step, drawn from those mined [0, 1000]
     mined: int = 20  # nearest documents below the answer's score, to draw from [1, 10000]
