@@ -26,7 +26,7 @@ SMALL = {  # script, or script and command -> options that make it small; the la
     "bench/experiments.py": f"--rows=BM25 --seeds=0 --options='{SHAPE}'",
     "bench/experiments.py curve": f"--rows='1500 pairs from' --options='{SHAPE} --steps=2'",
 }
-STAGES = ["mlm.py", "contrastive.py --init=out/mlm", "finetune.py --init=out/contrastive"]
+STAGES = ["mlm.py", "contrastive.py", "finetune.py --init=out/contrastive --negatives=0"]
 PREPARED = ["python data/pydocs.py", *(f"python {stage}" for stage in STAGES)]
 
 
@@ -37,7 +37,7 @@ def commands_of(page):
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.S)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.split("\n")]
     lines = [line for line in lines if re.match(r"(python|torchrun) ", line)]
-    return [line for line in lines if not re.search("DIR|FILE|HOST|SOURCES|-m venv", line)]
+    return [line for line in lines if not re.search("DIR|FILE|HOST|SOURCES|-m venv|out/tuned", line)]
 
 
 @pytest.fixture(scope="module")
