@@ -24,6 +24,7 @@ SMALL = {  # script, or script and command -> options that make it small; the la
     "bench/speed.py": "--preset=laptop --texts=8 --tries=8 --rounds=1 --batches=64",
     "bench/speed.py stages": f"--steps=3 --batch-size=2 --compile=false {SHAPE}",
     "bench/experiments.py": f"--rows=BM25 --seeds=0 --options='{SHAPE}'",
+    "bench/experiments.py lesson": f"--rows='stage 2 w' --seeds=0 --options='{SHAPE} --steps=2'",
     "bench/experiments.py curve": f"--rows='1500 pairs from' --options='{SHAPE} --steps=2'",
 }
 STAGES = ["mlm.py", "contrastive.py", "finetune.py --init=out/contrastive --negatives=0"]
@@ -37,7 +38,9 @@ def commands_of(page):
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.S)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.split("\n")]
     lines = [line for line in lines if re.match(r"(python|torchrun) ", line)]
-    return [line for line in lines if not re.search("DIR|FILE|HOST|SOURCES|-m venv|out/tuned", line)]
+    return [
+        line for line in lines if not re.search("DIR|FILE|HOST|SOURCES|-m venv|out/tuned", line)
+    ]
 
 
 @pytest.fixture(scope="module")
