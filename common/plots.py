@@ -16,7 +16,7 @@ plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.gri
 plt.rcParams |= {"grid.alpha": 0.3, "font.size": 9, "legend.frameon": False, "lines.linewidth": 1}
 plt.rcParams["text.parse_math"] = False  # a $ in the name of a source is a dollar
 TITLES = {"mlm": "1. masked language modelling", "contrastive": "2. contrastive pretraining"}
-TITLES["finetune"] = "3. finetuning with hard negatives"
+TITLES["finetune"] = "3. finetuning"
 
 
 def plot_all(out):

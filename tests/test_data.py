@@ -91,6 +91,18 @@ def test_a_weight_says_how_often_an_epoch_has_a_source(sources):
     assert max(Counter(row for rows in groups for row in rows).values()) == 2
 
 
+def test_so_many_pairs_are_the_same_share_of_each_source_drawn_by_the_seed(sources):
+    used = {}  # seed -> (source, row) of all batches of three epochs
+    for seed in (3, 4):
+        batches = PairBatches(sources, 4, seed, pairs=sum(map(len, sources)) // 10)
+        steps = range(3 * len(batches.source_of))
+        used[seed] = {(s.name, row) for s, rows in map(batches.at, steps) for row in rows}
+    counts = Counter(name for name, _ in used[3])
+    for source in sources:
+        assert 0.8 * round(len(source) / 10) - 4 <= counts[source.name] <= round(len(source) / 10)
+    assert len(used[3] & used[4]) < len(used[3]) / 2
+
+
 @pytest.mark.parametrize("weights", ["faq=2", "{}", "{}=-1", "{}=much"])
 def test_weights_that_are_none_are_named(weights, sources):
     weights = weights.format(sources[0].name)
