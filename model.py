@@ -470,5 +470,6 @@ def open_model(cls, where, dtype, rope_factor, device):
 
 def save_model(directory, model, encoder, architecture):
     config, weights = asdict(model.config), model.state_dict()
-    rest = (encoder.tokenizer, architecture, PROMPTS)
-    checkpoint.write_checkpoint(directory, config, weights, *rest)
+    checkpoint.write_checkpoint(
+        directory, config, weights, encoder.tokenizer, architecture, PROMPTS
+    )

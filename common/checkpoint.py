@@ -12,6 +12,7 @@ JSON and safetensors hold values, while a pickle (.bin, .pt) is a program that r
 opened, and is refused.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -201,7 +202,7 @@ def read_tokenizer(directory, vocab_size):
         return None
     tokenizer = load_tokenizer(directory)
     size = tokenizer.get_vocab_size()
-    if not size <= vocab_size <= -(-size // 64) * 64:
+    if not size <= vocab_size <= math.ceil(size / 64) * 64:
         reason = f"vocab_size in config.json is {vocab_size}: it should be"
         raise InputError(f"{path} has {size} tokens, {reason} {size}, padded to a multiple of 64")
     return tokenizer

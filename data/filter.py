@@ -23,6 +23,7 @@ embeddings for a million pairs at C = 768. A smaller --block needs less, and rem
 """
 
 import itertools
+import math
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -89,7 +90,7 @@ def judge_source(encode, folder, options, device):
     in a small last block every pair would pass. Removed pairs of the first block are printed."""
     meta, kept = read_json(folder / "meta.json"), [np.empty(0, bool)]
     rows, pairs = meta["rows"], (pair for _, pair in read_json_lines(folder / "pairs.jsonl"))
-    blocks = -(-rows // options.block)
+    blocks = math.ceil(rows / options.block)
     for number in tqdm(range(blocks), folder.name, disable=None):
         size = rows * (number + 1) // blocks - rows * number // blocks
         block = list(itertools.islice(pairs, size))

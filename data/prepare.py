@@ -123,8 +123,8 @@ def without_repeats(rows, names, held_out, distinct, left_out):
         texts = [[ids for name in names for ids in row[name]] for row, _ in batch]
         repeats = np.zeros(len(batch), int)
         if held_out:
-            found = held_out.find([*itertools.chain.from_iterable(texts)])
-            repeats = np.maximum.reduceat(found, np.cumsum([0, *map(len, texts[:-1])]))
+            of_each_text = held_out.find([*itertools.chain.from_iterable(texts)])
+            repeats = np.maximum.reduceat(of_each_text, np.cumsum([0, *map(len, texts[:-1])]))
         for (row, line), repeat in zip(batch, repeats, strict=True):
             reason = REASONS[repeat]
             if distinct:

@@ -43,7 +43,7 @@ def tiny_model(tokenizer=None, cls=NomicBert, **shape):
     torch.manual_seed(0)
     size = tokenizer.get_vocab_size() if tokenizer else 320
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, **shape}
-    shape = {"vocab_size": -(-size // 64) * 64, "intermediate_size": 128, **shape}
+    shape = {"vocab_size": math.ceil(size / 64) * 64, "intermediate_size": 128, **shape}
     model = cls(ModelConfig(**{"trained_length": 128, **shape}))
     for parameter in model.parameters():  # larger than at the start of training: a sharper test
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
