@@ -2,11 +2,11 @@
 
     python bench/estimate.py mlm --preset=paper
     python bench/estimate.py contrastive --preset=paper --gpus=16 --batch-size=65536
-    python bench/estimate.py finetune --data=out/pydocs --gpus=1
+    python bench/estimate.py finetune --gpus=1
 
-Any option of the stage may be given. Without the data in --data, lengths of texts are assumed.
-Operations are the useful ones (common/device.py). Hours include GradCache's second forward pass, a
-third more, and no time for messages.
+Any option of the stage may be given. Lengths of pairs are assumed, those of web text; so is the
+paper's vocabulary, except for the preset laptop. Operations are the useful ones (common/device.py).
+Hours include GradCache's second forward pass, a third more, and no time for messages.
 """
 
 import math
@@ -20,9 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.speed import STAGES
 from common.device import PEAK_FLOPS, training_flops
-from common.files import load_tokenizer
 from common.options import InputError, cli, read_options, split_words
-from data.store import open_sources
 from model import ModelConfig, NomicBert, NomicBertForMaskedLM
 
 SPEEDS = {  # operations/s; an H100 reached 45% of its peak in stage 1, 38% in 2 (docs/speed.md)
@@ -44,31 +42,25 @@ def saved_bytes_per_token(shape):
     return 2 * (numbers + shape.num_attention_heads + 4)  # sums of softmax, two norms
 
 
-def sampled_lengths(stage, config, tokenizer):
-    """column -> lengths of its texts in tokens (n,), truncated as the run truncates them."""
+def lengths_of(stage, config):
+    """column -> lengths of 10,000 of its texts in tokens, truncated as the run truncates them."""
     if stage == "mlm":
         return {"sequence": np.array([config.seq_len])}
-    number = {"contrastive": 2, "finetune": 3}[stage]
-    sources = open_sources(f"{config.data}/stage{number}", tokenizer) if tokenizer else []
     rng, lengths = np.random.default_rng(0), {}
     for name, median, sigma in (("query", 15, 0.75), ("document", 70, 1.0)):
-        columns = [(source.columns[name], len(source.prefixes[name])) for source in sources]
-        sample = [np.diff(column.offsets[:10_001]) + prefix for column, prefix in columns]
-        sample = sample or [np.exp(rng.normal(math.log(median), sigma, 10_000))]  # log-normal
-        lengths[name] = np.concatenate(sample).clip(4, getattr(config, f"{name}_tokens"))
+        sample = np.exp(rng.normal(math.log(median), sigma, 10_000))  # log-normal
+        lengths[name] = sample.clip(4, getattr(config, f"{name}_tokens"))
     return lengths
 
 
 def step_of(stage, config):
     """Of one step: the model's shape, column -> number of texts, tokens, useful operations."""
-    has_data = Path(config.data, "meta.json").is_file()
-    tokenizer = load_tokenizer(config.data) if has_data else None
-    vocab_size = tokenizer.get_vocab_size() if tokenizer else ModelConfig.vocab_size
+    vocab_size = 8192 if config.preset == "laptop" else ModelConfig.vocab_size
     length = config.seq_len if stage == "mlm" else config.trained_length
     shape = ModelConfig.from_options(config, vocab_size, length)
     masked, negatives = getattr(config, "mask_probability", 0.0), getattr(config, "negatives", 0)
     texts, tokens, flops = {}, 0, 0
-    for name, lengths in sampled_lengths(stage, config, tokenizer).items():
+    for name, lengths in lengths_of(stage, config).items():
         texts[name] = config.batch_size * (1 + negatives * (name == "document"))
         tokens += texts[name] * lengths.mean()
         flops += texts[name] / len(lengths) * training_flops(shape, lengths, masked)
@@ -126,8 +118,6 @@ def main(arguments):
     for title, number in estimate(words[0], config, options.gpus):
         digits = 1 if title.startswith(("hours", "minutes")) else 0
         print("|", title, "|", f"{number:,.{digits}f}" if number < 1e9 else f"{number:.2e}", "|")
-    if not Path(config.data, "meta.json").is_file():
-        print(f"\nThere is no data in {config.data}: vocabulary and lengths of pairs are assumed.")
 
 
 if __name__ == "__main__":

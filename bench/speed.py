@@ -1,34 +1,26 @@
-"""Speed and memory: the stages themselves, and single steps and `encode` beside other libraries.
+"""Speed: the stages themselves; training steps and `encode` beside sentence-transformers.
 
     python bench/speed.py stages                        # tokens/s, share of the matrix rate
     python bench/speed.py stages mlm --preset=gpu       # some stages, with any options of theirs
-    python bench/speed.py train                         # training steps, two libraries beside
-    python bench/speed.py encode --preset=paper         # `encode`, sentence-transformers beside
-    python bench/speed.py memory                        # peak memory, with and without GradCache
+    python bench/speed.py train                         # training steps of stage 2
+    python bench/speed.py encode --preset=paper         # embeddings of texts
 
 stages: the median of 12 steps (--steps), without the first two. Operations are the useful ones
 (common/device.py). The matrix rate is that of one layer's products in the same type.
 
-train, encode: transformers and sentence-transformers have the same weights and texts, half
-precision where it is fast, and texts sorted by length; the fastest of --tries is what counts. A
-training step is forward, backward and AdamW on texts that are tokenized and masked before. Padding
-does not count as tokens. The first loss, or the smallest cosine with our embeddings, shows that
-both compute the same.
-
-memory: the peak of a process of its own, less what it had before the step, on a GPU where there is
-one. With GradCache only token ids, embeddings and their gradients grow: 16 C bytes a pair.
+train, encode: sentence-transformers has the same weights and texts, half precision where it is
+fast, and texts sorted by length; its fastest batch size of --tries is what counts. A training step
+is forward, backward and AdamW on tokenized texts. Padding does not count as tokens. The first loss,
+or the smallest cosine with our embeddings, shows that both compute the same.
 """
 
 import contextlib
 import math
-import os
 import re
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from timeit import timeit
 
@@ -45,8 +37,8 @@ from common import run
 from common.device import best_device, choose_dtype, device_name, fast_dtype
 from common.files import load_tokenizer, read_json_lines
 from common.options import InputError, cli, read_options, split_words
-from data import store
-from model import ModelConfig, NomicBert, NomicBertForMaskedLM
+from data.store import Source
+from model import ModelConfig, NomicBert
 
 STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
 
@@ -54,12 +46,10 @@ STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
 @dataclass
 class Options:
     preset: str = "laptop"  # of contrastive.py: the model, its micro-batches and longest texts
-    data: str = "out/pydocs"  # train, encode: a data folder; texts are pieces of its training text
-    texts: int = 256  # train, encode: how many of the natural mix [8, 1e6]
-    tries: str = "8,32"  # train, encode: batch sizes of the other libraries, in texts
-    rounds: int = 3  # train, encode: how often each is timed; the median counts
-    batches: str = "1024,4096,16384"  # memory: pairs
-    longest: int = 4096  # memory: the largest batch that is tried without GradCache [0, 1e9]
+    data: str = "out/pydocs"  # a data folder; texts are pieces of its training text
+    texts: int = 256  # how many of the natural mix [8, 1e6]
+    tries: str = "8,32"  # batch sizes of sentence-transformers, in texts
+    rounds: int = 3  # how often each is timed; the median counts
 
 
 def whole_numbers(text, least=1):
@@ -126,19 +116,16 @@ def stages(names, arguments):
 
 
 # ------------------------------------------------------------------------------------------------
-# Beside other libraries
+# Beside sentence-transformers
 
 
 def save_random_model(folder, options, config):
     """The checkpoint that both sides open. Returns its tokenizer."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
     tokenizer = load_tokenizer(options.data)
     torch.manual_seed(0)
-    shape = ModelConfig.from_options(config, tokenizer.get_vocab_size(), config.trained_length)
-    model = NomicBertForMaskedLM(shape)
-    model.bert.tokenizer = tokenizer
+    size = tokenizer.get_vocab_size()
+    model = NomicBert(ModelConfig.from_options(config, size, config.trained_length))
+    model.tokenizer = tokenizer
     model.save_pretrained(folder)
     return tokenizer
 
@@ -150,7 +137,7 @@ def natural_mix(n, rng):
 
 def pieces_of_text(data, tokenizer, lengths, rng):
     """Pieces of a data folder's training text, with these lengths: a list of id arrays."""
-    ids = store.Source(f"{data}/stage1/train", tokenizer).columns["document"].tokens
+    ids = Source(f"{data}/stage1/train", tokenizer).columns["document"].tokens
     starts = rng.integers(0, max(1, len(ids) - 2048), len(lengths))
     return [ids[i : i + n].astype(np.int64) for i, n in zip(starts, lengths, strict=True)]
 
@@ -166,69 +153,17 @@ def compare(title, tokens, works, check, rounds):
         yield title, name, f"{check(result, results[0]):.4f}", f"{speed:,.0f}", f"{ratio:.2f}"
 
 
-def training_step(model, batches, backward):
-    """A function that calls backward(model, batch) for each batch, and then AdamW's step. It
-    returns the sum of the losses."""
+def training_step(model, backward):
+    """A function that calls backward(model), which returns a loss, and then AdamW's step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step():
-        loss = sum(backward(model, batch) for batch in batches)
+        loss = backward(model)
         optimizer.step()
         optimizer.zero_grad()
         return float(loss)  # waits for a GPU
 
     return step
-
-
-def our_model(cls, folder):
-    model = cls.from_pretrained(folder, fast_dtype(best_device()), device=best_device())
-    if best_device().type == "cuda":
-        getattr(model, "bert", model).compile_blocks()
-    return model
-
-
-def their_backward(loss_of, model, batch):
-    device, dtype = best_device(), fast_dtype(best_device())
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        loss = loss_of(model, *batch)
-        loss.backward()  # in autocast, since that of GradCache has a forward pass
-    return loss.detach()
-
-
-def padded(texts, fill=0):
-    """(B, longest), on the device."""
-    return pad_sequence(list(map(torch.as_tensor, texts)), True, fill).to(best_device())
-
-
-def features(texts):
-    tokens = padded(texts)
-    return {"input_ids": tokens, "attention_mask": (tokens != 0).long()}  # 0 is [PAD]
-
-
-def mlm_steps(folder, texts, budget, sizes):
-    """Yields (name, training step): ours, and theirs with each number of texts at once."""
-    from transformers import AutoModelForMaskedLM
-
-    lengths, device = [len(text) for text in texts], best_device()
-    model, batches, total = our_model(NomicBertForMaskedLM, folder), [], 0
-    masker = mlm.Masker(model.bert.tokenizer)  # a text's mask is the same in any batch
-    for group in store.split_by_tokens(lengths, budget):
-        tokens, cu_seqlens, *masked = masker([texts[i] for i in group], 0.3, group)
-        batches.append((tokens.to(device), cu_seqlens, *(x.to(device) for x in masked)))
-        total += len(masked[0])
-    yield "ours", training_step(model, batches, partial(mlm.backward_in_chunks, total=total))
-
-    for size in sizes:
-        model, batches = AutoModelForMaskedLM.from_pretrained(folder).to(device).train(), []
-        for group in np.split(np.argsort(lengths)[::-1], range(size, len(texts), size)):
-            tokens, cu_seqlens, positions, targets = masker([texts[i] for i in group], 0.3, group)
-            ends = cu_seqlens[1:-1].tolist()
-            labels = torch.full_like(tokens, -100).index_copy(0, positions, targets)
-            inputs = features(tokens.tensor_split(ends))
-            inputs["labels"] = padded(labels.tensor_split(ends), -100)
-            batches.append((inputs, len(targets) / total))
-        backward = partial(their_backward, lambda model, x, share: model(**x).loss * share)
-        yield f"theirs, {size} texts", training_step(model, batches, backward)
 
 
 def mean_loss(embeddings):
@@ -237,22 +172,33 @@ def mean_loss(embeddings):
     return contrastive.info_nce_in_blocks(query, document, 0.02) / len(query)
 
 
-def pair_steps(folder, texts, budget, sizes):
-    """As mlm_steps. texts: queries, then as many documents."""
+def our_step(folder, texts, budget):
+    """A training step through GradCache. texts: queries, then as many documents."""
+    model = NomicBert.from_pretrained(folder, device=best_device())
+    if best_device().type == "cuda":
+        model.compile_blocks()
+    return training_step(model, lambda m: contrastive.grad_cache(m, texts, mean_loss, budget))
+
+
+def their_step(folder, texts, size):
+    """The same by sentence-transformers, with `size` texts at once."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import losses
 
-    def backward(model, texts):
-        return contrastive.grad_cache(model, texts, mean_loss, budget)
+    device, dtype, sides = best_device(), fast_dtype(best_device()), []
+    for side in (texts[: len(texts) // 2], texts[len(texts) // 2 :]):
+        tokens = pad_sequence(list(map(torch.as_tensor, side)), batch_first=True).to(device)
+        sides.append({"input_ids": tokens, "attention_mask": (tokens != 0).long()})  # 0 is [PAD]
+    model = SentenceTransformer(folder, device=str(device)).train()
+    loss_of = losses.CachedMultipleNegativesRankingLoss(model, scale=50.0, mini_batch_size=size)
 
-    yield "ours", training_step(our_model(NomicBert, folder), [texts], backward)
+    def backward(model):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_of(sides, None)
+            loss.backward()  # in autocast, since GradCache has a forward pass in it
+        return loss.detach()
 
-    sides = [features(texts[: len(texts) // 2]), features(texts[len(texts) // 2 :])]
-    for size in sizes:
-        model = SentenceTransformer(folder, device=str(best_device())).train()
-        loss = losses.CachedMultipleNegativesRankingLoss(model, scale=50.0, mini_batch_size=size)
-        backward = partial(their_backward, lambda model, sides, loss=loss: loss(sides, None))
-        yield f"theirs, {size} texts", training_step(model, [(sides,)], backward)
+    return training_step(model, backward)
 
 
 def train(folder, options, config):
@@ -261,11 +207,15 @@ def train(folder, options, config):
     mix = natural_mix(options.texts, rng).clip(max=config.trained_length)
     documents = pieces_of_text(options.data, tokenizer, mix, rng)
     queries = pieces_of_text(options.data, tokenizer, rng.integers(6, 21, options.texts), rng)
-    tasks = {"MLM": (mlm_steps, documents), "pairs": (pair_steps, [*queries, *documents])}
-    for task, (steps_of, texts) in tasks.items():
-        tokens, sizes = sum(map(len, texts)), whole_numbers(options.tries)
-        steps = dict(steps_of(folder, texts, config.micro_batch_tokens, sizes))
-        yield from compare(f"{task}, {tokens:,} tokens", tokens, steps, max, options.rounds)
+    texts = [*queries, *documents]
+    tokens, steps = (
+        sum(map(len, texts)),
+        {"ours": our_step(folder, texts, config.micro_batch_tokens)},
+    )
+    for size in whole_numbers(options.tries):
+        steps[f"theirs, {size} texts"] = their_step(folder, texts, size)
+    title = f"{options.texts:,} pairs, {tokens:,} tokens"
+    yield from compare(title, tokens, steps, max, options.rounds)
 
 
 def encode(folder, options, config):
@@ -290,58 +240,12 @@ def encode(folder, options, config):
         yield from compare(title, tokens, works, lambda x, y: (x * y).sum(1).min(), options.rounds)
 
 
-# ------------------------------------------------------------------------------------------------
-# Memory
-
-# glibc gives freed memory back at once, and a CPU's kernels are not kept for every shape: such
-# caches grow for some hundred micro-batches, and not beyond
-CACHES = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "1"}
-CACHES |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "8"}
-
-
-def peak_memory():
-    """The most memory that this process ever had, in MiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource  # not on Windows
-
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def memory_of_step(pairs, config):
-    """Forward and backward of one batch of random tokens. Returns how many, and MiB."""
-    shape = ModelConfig.from_options(config, ModelConfig.vocab_size, config.trained_length)
-    model, rng = NomicBert(shape).to(best_device()), np.random.default_rng(0)
-    model.dtype = fast_dtype(model.device)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # in memory at any batch size
-    documents = natural_mix(pairs, rng).clip(max=config.document_tokens)
-    texts = [rng.integers(5, 20_000, n) for n in (*rng.integers(6, 21, pairs), *documents)]
-    before = peak_memory()
-    contrastive.backward_batch(model, texts, mean_loss, config)
-    return sum(map(len, texts)), peak_memory() - before
-
-
-def memory(folder, options, config):
-    yield "pairs", "tokens", "with GradCache, MiB", "without, MiB"
-    os.environ |= CACHES
-    for pairs in whole_numbers(options.batches):
-        peaks = []
-        for limit in (0, math.inf) if pairs <= options.longest else (0,):
-            with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                changed = replace(config, tokens_in_memory=limit)
-                tokens, peak = process.submit(memory_of_step, pairs, changed).result()
-            peaks.append(f"{peak:,.0f}")
-        yield f"{pairs:,}", f"{tokens:,}", *peaks
-
-
 def main(arguments):
     words, arguments = split_words(arguments)
     if words[:1] == ["stages"]:
         return print_table(*arguments, rows=stages(words[1:], arguments))
     options, _ = read_options(Options, arguments)
-    commands = {"train": train, "encode": encode, "memory": memory}
+    commands = {"train": train, "encode": encode}
     if len(words) != 1 or words[0] not in commands:
         raise InputError(f"give one of stages, {', '.join(commands)}")
     preset = [f"--preset={options.preset}"]
