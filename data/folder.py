@@ -193,9 +193,9 @@ def write(out, documents, tokenizer, meta, options):
     splits = {document.name: prepare.split_of(document.name) for document in documents}
     documents = sorted(documents, key=lambda d: splits[d.name] == "train")  # held-out files first
     left_out = Counter(meta["files"])
-    found = pairs_by_source(documents, left_out)
+    rows_of = pairs_by_source(documents, left_out)
     print(f"  files and pairs: {counted(left_out)}")
-    task, names = choose_task(found, left_out)
+    task, names = choose_task(rows_of, left_out)
     move_files(splits, names)
 
     texts, pairs = {"train": [], "dev": [], "test": []}, {}
@@ -204,7 +204,7 @@ def write(out, documents, tokenizer, meta, options):
         texts[splits[document.name]].append((document.name, text))
     held_out = [document.text for document in documents if splits[document.name] != "train"]
     long = [text for text in held_out if len(words(text)) >= prepare.LONG]
-    for source, rows in found.items():
+    for source, rows in rows_of.items():
         training = [(query, text) for file, query, text in rows if splits[file] == "train"]
         if source == "sentence-text":  # the task has the first sentence alone, training has all
             training = [
@@ -215,13 +215,13 @@ def write(out, documents, tokenizer, meta, options):
             ]
         pairs[f"stage2/{source}"] = training
     pairs[f"stage3/{task}"] = pairs[f"stage2/{task}"]
-    corpus, queries, asked = {}, {"dev": [], "test": []}, set()
-    for file, query, text in found[task]:
+    corpus, queries, earlier = {}, {"dev": [], "test": []}, set()
+    for file, query, text in rows_of[task]:
         name = f"{file}#{len(corpus)}"
         corpus[name] = text
-        if splits[file] != "train" and query not in asked:
+        if splits[file] != "train" and query not in earlier:
             queries[splits[file]].append((query, [name]))
-        asked.add(query)
+        earlier.add(query)
     training = [text for _, text in texts["train"]]
     tokenizer = tokenizer or prepare.train_tokenizer(training, options.vocab_size)
     tasks = {task: (corpus, queries)}
@@ -236,13 +236,13 @@ def main(arguments):
         raise InputError(f"{len(folders)} folders given: python data/folder.py PATH")
     folder, add = folders[0], options.add
     out = Path(options.out or Path("out", Path(folder).resolve().name))
-    given = find_checkpoint(options.tokenizer) if options.tokenizer else add
-    tokenizer = load_tokenizer(given) if given else None
+    origin = find_checkpoint(options.tokenizer) if options.tokenizer else add
+    tokenizer = load_tokenizer(origin) if origin else None
     documents, left_out = read_folder(folder)
     texts = "\0".join(f"{d.name}\0{d.title}\0{d.text}" for d in documents)
     inputs = {"script": "data/folder.py", "vocab_size": options.vocab_size}
     inputs["texts"] = fingerprint(texts.encode())  # not the folder's name: it has many spellings
-    inputs["tokenizer"] = fingerprint(tokenizer) if given else ""
+    inputs["tokenizer"] = fingerprint(tokenizer) if origin else ""
     inputs["add"] = [Path(add).name, fingerprint(Path(add, "meta.json"))] if add else []
     if not prepare.is_made(out, inputs):
         for name, reason in list(left_out.items())[:5]:

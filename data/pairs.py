@@ -167,8 +167,8 @@ def hold_out(source, options, folder):
     if source.stage > 1 and count:
         names = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(documents_of(queries)))}
         corpus, judged = {name: text for text, name in names.items()}, {}
-        for split, asked in splits.items():
-            judged[split] = [(query, [names[text] for text in answers[query]]) for query in asked]
+        for split, some in splits.items():
+            judged[split] = [(query, [names[text] for text in answers[query]]) for query in some]
         write_task(folder / "retrieval" / source.name, corpus, judged, source.prefixes)
     training = itertools.chain(queries[count:], documents_of(queries[count:]))
     return training, set(queries[:count]), {s: documents_of(splits[s]) for s in splits}

@@ -261,7 +261,7 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, a
     for name, count in counts.items():
         print(f"  {name:34} {count:8,} {'texts' if name.startswith('stage1') else 'pairs'}")
     for source, (corpus, queries) in tasks.items():
-        sizes = ", ".join(f"{len(asked):,} {split} queries" for split, asked in queries.items())
+        sizes = ", ".join(f"{len(rows):,} {split} queries" for split, rows in queries.items())
         print(f"  retrieval/{source:24} {len(corpus):8,} documents, {sizes}")
     leaks = contamination(held_out, left_out)
     print(f"  {leaks['removed']:,} training rows that repeat held-out text were left out")

@@ -122,8 +122,8 @@ def without_near_duplicates(entries, packages):
         private_parts = sum(part.startswith("_") for part in entry.name.split("."))
         return packages.index(entry.package), private_parts
 
-    found = [e for e in entries if e.kind == "docstring" and len(words(e.text)) >= 3]
-    ranked = sorted(found, key=rank)
+    documented = [e for e in entries if e.kind == "docstring" and len(words(e.text)) >= 3]
+    ranked = sorted(documented, key=rank)
     new = NearDuplicates().add_new([entry.text for entry in ranked])
     return list(itertools.compress(ranked, new))
 
@@ -136,23 +136,23 @@ def assemble(entries, docstrings, core):
         return split_of(family(entry.module)) if entry.package in core else "train"
 
     documents = {"train": [], "dev": [], "test": []}  # (name, text), for stage 1 and search
-    found = {source: [] for source in PREFIXES}  # (entry, split, query, document)
+    rows_of = {source: [] for source in PREFIXES}  # (entry, split, query, document)
     for entry in docstrings:
         documents[split(entry)].append((entry.name, f"{entry.name}\n\n{entry.text}"))
         for source, query, document in pairs_of(entry):
             if acceptable(query, document):
-                found[source].append((entry, split(entry), query, document))
+                rows_of[source].append((entry, split(entry), query, document))
     for source in EVALUATED:  # of two nearly equal documents, both could be the answer
-        new = NearDuplicates().add_new([row[-1] for row in found[source]])
-        found[source] = list(itertools.compress(found[source], new))
+        new = NearDuplicates().add_new([row[-1] for row in rows_of[source]])
+        rows_of[source] = list(itertools.compress(rows_of[source], new))
     pairs = {}
-    for source, rows in found.items():
+    for source, rows in rows_of.items():
         training = [(q[:LONGEST], d[:LONGEST]) for _, where, q, d in rows if where == "train"]
         stage = "stage3" if source == "summary-body" else "stage2"
         pairs[f"{stage}/{source}"] = training
 
     held_out_code = NearDuplicates()
-    held_out_code.add_new([row[-1] for row in found["summary-code"] if row[1] != "train"])
+    held_out_code.add_new([row[-1] for row in rows_of["summary-code"] if row[1] != "train"])
     for kind, spell in (("comment", str), ("name", spoken)):
         own = [e for e in entries if e.kind == kind and split(e) == "train"]
         rows = [(spell(e.text), e.code[:LONGEST]) for e in own]
@@ -163,13 +163,13 @@ def assemble(entries, docstrings, core):
 
     pairs["stage3/summary-code"] = pairs["stage2/summary-code"]  # or stage 3 would forget code
     tasks = {}  # source -> (all documents of core modules, queries of held-out ones)
-    asked = Counter(summary_and_body(entry.text)[0].lower() for entry in docstrings)
+    summaries = Counter(summary_and_body(entry.text)[0].lower() for entry in docstrings)
     for source in EVALUATED:
         corpus, queries = {}, {"dev": [], "test": []}
-        for entry, where, query, document in found[source]:
+        for entry, where, query, document in rows_of[source]:
             if entry.package in core and entry.name not in corpus:
                 corpus[entry.name] = document
-                if where != "train" and asked[query.lower()] == 1:
+                if where != "train" and summaries[query.lower()] == 1:
                     queries[where].append((query, [entry.name]))
         tasks[source] = corpus, queries
     return documents, pairs, tasks

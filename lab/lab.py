@@ -57,16 +57,16 @@ def progress(work, name=None, **news):
     what was measured. With a name, adds the news to it. Raises InputError for a damaged file."""
     path = Path(work, "progress.json")
     try:
-        known = read_json(path) if path.is_file() else {}
-        damaged = {row.get("hints", 0) for row in known.values()} - {0, 1, 2, 3}
+        record = read_json(path) if path.is_file() else {}
+        damaged = {row.get("hints", 0) for row in record.values()} - {0, 1, 2, 3}
     except (InputError, AttributeError, TypeError, RecursionError):
         damaged = True
     if damaged:
         raise InputError(f"{path} is damaged: delete it and check again; your functions stay")
     if name:
-        known[name] = known.get(name, {}) | news
-        write_json(path, known)
-    return known
+        record[name] = record.get(name, {}) | news
+        write_json(path, record)
+    return record
 
 
 def judge(exercise, function):
@@ -154,9 +154,9 @@ def hint(options, exercise):
         f"{line[: len(line) - len(line.lstrip())]}..." if exercise.hidden in line else line
         for line in real(exercise).splitlines()
     ]
-    given = int(progress(options.work).get(exercise.name, {}).get("hints", 0))
-    print((exercise.idea, exercise.shapes, "\n".join(but_one))[min(given, 2)])
-    progress(options.work, exercise.name, hints=min(given + 1, 3))
+    hints = int(progress(options.work).get(exercise.name, {}).get("hints", 0))
+    print((exercise.idea, exercise.shapes, "\n".join(but_one))[min(hints, 2)])
+    progress(options.work, exercise.name, hints=min(hints + 1, 3))
 
 
 def state_of(options, exercise):
@@ -170,16 +170,16 @@ def state_of(options, exercise):
 
 
 def status(options):
-    known, rows = progress(options.work), {}
+    record, rows = progress(options.work), {}
     for exercise in EXERCISES:
         state, result = state_of(options, exercise)
-        hints = known.get(exercise.name, {}).get("hints", 0)
+        hints = record.get(exercise.name, {}).get("hints", 0)
         rows[exercise.name] = {"state": state, "hints": hints, "result": result}
         if not options.json:
             first, _, _ = result.partition("\n")
             print(f"{exercise.name:22}{state:7}{hints} hints  {first}")
     if options.json:
-        experiments = {name: row for name, row in known.items() if "predicted" in row}
+        experiments = {name: row for name, row in record.items() if "predicted" in row}
         print(json.dumps({"exercises": rows, "experiments": experiments}))
 
 
@@ -194,13 +194,13 @@ def grade(folder):
     table.writerow(("student", "exercise", "state", "hints", "seconds", "predictions"))
     for student in students:
         try:
-            known = progress(student)
+            record = progress(student)
         except InputError as error:
-            known = {}
+            record = {}
             print(error, file=sys.stderr)
         predictions = " ".join(
             f"{name}={row['predicted']:+.3f}"
-            for name, row in known.items()
+            for name, row in record.items()
             if name.replace("-", "").isalnum() and isinstance(row.get("predicted"), float)
         )
         for exercise in EXERCISES:
@@ -209,7 +209,8 @@ def grade(folder):
             if function:
                 result, _ = judge(exercise, function)
             seconds = f"{time.perf_counter() - began:.1f}"
-            state, hints = STATES.get(result, "tried"), known.get(exercise.name, {}).get("hints", 0)
+            hints = record.get(exercise.name, {}).get("hints", 0)
+            state = STATES.get(result, "tried")
             table.writerow((student.name, exercise.name, state, hints, seconds, predictions))
             sys.stdout.flush()
 
