@@ -79,13 +79,14 @@ def chosen_model(options):
 
 def models_of(options):
     """(name of the row, model) of random weights in the shape of the last model in OUT, and of each
-    run of MODELS that is there."""
+    run of MODELS that is there; of stage 1, which cannot search yet, only where it is alone."""
     last = NomicBert.from_pretrained(last_stage(options.out), device=best_device())
     torch.manual_seed(0)
     untrained = NomicBert(last.config).to(last.device)
     untrained.tokenizer, untrained.dtype = last.tokenizer, last.dtype
     yield "random weights", untrained
-    for stage in trained_stages(options.out):
+    trained = trained_stages(options.out)
+    for stage in [stage for stage in trained if stage != "mlm"] or trained:
         yield MODELS[stage], NomicBert.from_pretrained(f"{options.out}/{stage}", device=last.device)
 
 
@@ -154,7 +155,7 @@ def scalings(times):
     }
 
 
-def long(options, times=(1, 2, 4, 8, 16), windows=60):
+def long(options, times=(1, 2, 4, 8, 16), windows=30):
     """Masked accuracy after stage 1 (or of --model, with an MLM head) at 1, 2, ... 16 times the
     trained length, or as far as --max-tokens: the same masks in the same text, which is read in
     pieces of each length."""
@@ -181,7 +182,7 @@ def long(options, times=(1, 2, 4, 8, 16), windows=60):
             accuracy = summary(hit, window)
             table.setdefault(name, {})[n * length] = accuracy
             print(f"{name:14}{n * length:8}{shown(accuracy):>20}", flush=True)
-    if not options.model:
+    if not options.model or options.out != Options.out:  # out/ has the lengths of its own model
         save_results(options.out, "long", {"trained length": length, "table": table})
 
 

@@ -8,44 +8,34 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from tiny import STAGES, cases, refused
+from tiny import STAGES, cases, random_texts, refused
 from torch.utils.flop_counter import FlopCounterMode
 
 import contrastive
-import mlm
-from bench import estimate, experiments, speed
-from common.files import write_json
+from bench import estimate, experiments, record, speed
+from common.device import training_flops
 from common.options import read_options
-from data.prepare import write_source
-from data.store import open_sources, pack
+from data.store import pack
 from metrics import shown
-from model import NomicBert, NomicBertForMaskedLM
+from model import ModelConfig, NomicBert, NomicBertForMaskedLM
 
 
-def test_the_operations_are_those_that_torch_counts_in_a_step(tokenizer, tmp_path):
+def test_the_operations_are_those_that_torch_counts_in_a_step():
     """In bf16, where a CPU computes attention in plain products. The head of stage 1: for 30%."""
-    rows = [{"query": f"number {i}", "document": "two words " * (9 * i + 1)} for i in range(8)]
-    write_source(tmp_path / "stage2" / "pairs", rows, dict.fromkeys(rows[0], ""), tokenizer)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    write_json(tmp_path / "meta.json", {})
-    config = contrastive.Config(data=str(tmp_path), batch_size=8, hidden_size=64)
-    shape, _, tokens, operations = estimate.step_of("contrastive", config)
-    (source,) = open_sources(tmp_path / "stage2", tokenizer)
-    texts = source.texts("query", range(8), config.query_tokens)
-    texts += source.texts("document", range(8), config.document_tokens)
+    config, texts = contrastive.Config(hidden_size=64), random_texts(range(9, 25))
+    shape = ModelConfig.from_options(config, 300, 128)
     model = NomicBert(shape)
     model.dtype = torch.bfloat16
     with FlopCounterMode(display=False) as counter:
         contrastive.backward_batch(model, texts, torch.sum, config)
+    operations = training_flops(shape, [len(text) for text in texts])
     assert counter.get_total_flops() == pytest.approx(operations, rel=1e-6)
-    assert tokens == sum(map(len, texts))
 
-    config = mlm.Config(data=str(tmp_path), batch_size=1, seq_len=100, hidden_size=64)
-    shape, _, _, operations = estimate.step_of("mlm", config)
     model = NomicBertForMaskedLM(shape)
     model.bert.dtype = torch.bfloat16
     with FlopCounterMode(display=False) as counter:
         model(*pack([np.arange(100)]), torch.arange(30)).float().sum().backward()
+    operations = training_flops(shape, [100], masked_share=0.3)
     assert counter.get_total_flops() == pytest.approx(operations, rel=1e-6)
 
 
@@ -57,15 +47,15 @@ PAPER = {  # 839 billion tokens in stage 1; in stage 2, 16,384 documents of 768 
 
 
 @pytest.mark.parametrize("stage", PAPER)
-def test_the_estimate_of_the_papers_run_has_its_numbers(stage, tmp_path, capsys):
-    estimate.main([stage, "--preset=paper", f"--data={tmp_path}"])
+def test_the_estimate_of_the_papers_run_has_its_numbers(stage, capsys):
+    estimate.main([stage, "--preset=paper"])
     out = capsys.readouterr().out
     assert all(line in out for line in [*PAPER[stage], "H100", "two CPU cores"]), out
 
 
 def test_a_killed_table_continues_and_runs_no_row_twice(data, tmp_path, capsys):
     small = "--hidden-size=64 --num-hidden-layers=1 --num-attention-heads=1 --batch-size=4"
-    arguments = [f"--data={data}", f"--out={tmp_path}/out", "--rows=stage 3 with"]
+    arguments = [f"--data={data}", f"--out={tmp_path}/out", "--rows=after stage 3"]
     arguments += [f"--options={small} --steps=2"]
     command = [sys.executable, ROOT / "bench" / "experiments.py", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
@@ -78,7 +68,7 @@ def test_a_killed_table_continues_and_runs_no_row_twice(data, tmp_path, capsys):
     experiments.main(arguments)
     assert before == [path.stat().st_mtime_ns for path in scores]
     rows = [line for line in capsys.readouterr().out.splitlines() if "±" in line]
-    assert len(rows) == 3, "two rows, and the one that one of them starts from"
+    assert len(rows) == 3, "two rows, and the one that they start from"
     models = [*tmp_path.glob("out/0/*/model.safetensors")]
     before = [path.stat().st_mtime_ns for path in models]
     experiments.main([*arguments, "--split=dev"])
@@ -108,9 +98,9 @@ def test_every_row_has_a_name_of_its_own_starts_from_one_above_and_has_options_o
 
 
 BAD = (
-    (speed.main, [], "give one of stages, train, encode, memory"),
+    (speed.main, [], "give one of stages, train, encode"),
     (speed.main, ["stages", "two"], "two: the stages are mlm, contrastive, finetune"),
-    (speed.main, ["memory", "--batches=few"], "few: give whole numbers from 1"),
+    (record.main, ["--seeds=few"], "few: give whole numbers from 0"),
     (estimate.main, ["mlm", "--gpus=0"], "--gpus=0: give a whole number"),
     (experiments.main, ["ladders"], "ladders: the tables are ladder, lesson, curve"),
     (experiments.main, ["--rows=before"], "--rows=before: the rows are BM25, "),
@@ -126,3 +116,23 @@ BAD = (
 def test_a_command_that_does_not_exist_is_answered_in_a_line(main, arguments, message):
     with refused(message):
         main(arguments)
+
+
+def test_a_record_is_the_core_seconds_and_dev_scores_of_ones_own_commands(data, tmp_path, capsys):
+    small = "--hidden-size=64 --num-attention-heads=1 --batch-size=4 --steps=2"
+    commands = [f"contrastive.py {small}", "finetune.py --init=OUT/contrastive --batch-size=4 "
+                "--steps=2 --negatives=0"]  # fmt: skip
+    options = [f"--data={data}", f"--out={tmp_path}/out", "--seeds=0,1"]
+    record.main([*commands, *options])
+    head, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
+    assert head == "| seed | core-seconds | summary-body | summary-code | mean |"
+    seconds, first, second, mean = zip(*(map(float, r.split("|")[2:6]) for r in rows), strict=True)
+    assert min(seconds) > 1 and len(rows) == 3
+    for values in (first, second, mean):
+        assert values[2] == pytest.approx((values[0] + values[1]) / 2, abs=1e-3)
+    for command, out, message in (
+        ("mlm.py", "out", "out/0 is there: remove it, or give another --out"),
+        ("mlm.py --xyzzy", "new", "mlm.py --xyzzy: the reason is above"),
+    ):
+        with refused(message):
+            record.main([command, f"--data={data}", f"--out={tmp_path}/{out}"])
