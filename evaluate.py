@@ -1,4 +1,4 @@
-"""How good is it? Retrieval, masked tokens, long texts; and a search, to try it by hand.
+"""How good is it? Retrieval, texts beyond the trained length; and a search, to try it by hand.
 
     python evaluate.py                        # the ladder: BM25, random weights, each stage's model
     python evaluate.py search "how do I read a csv file"     # the ten best; no query: a prompt
@@ -29,10 +29,10 @@ from common.device import best_device
 from common.files import fingerprint, read_json, write_json, write_whole
 from common.options import InputError, cli, read_options, split_words
 from data.prefixes import PREFIXES
-from data.sequences import Sequences
 from data.store import Source
 from data.tasks import read_rows, splits_of
 from metrics import METRICS, Retrieval, bm25, shown, summary, top_k
+from mlm import held_out_scores
 from model import NomicBert, NomicBertForMaskedLM
 
 # a run's folder in OUT -> its row in the ladder
@@ -130,18 +130,9 @@ def compare(task, models, options):
 
 def ladder(options):
     """BM25, random weights and the model after each stage on the same held-out queries."""
-    from mlm import held_out_scores
-
     tasks = Retrieval.open_all(options.data, options.split)
     rows = {task.name: compare(task, models_of(options), options) for task in tasks}
     save_results(options.out, "ladder", rows)
-    if "mlm" in trained_stages(options.out):
-        model = NomicBertForMaskedLM.from_pretrained(f"{options.out}/mlm", device=best_device())
-        folder, length = f"{options.data}/stage1/{options.split}", model.config.trained_length
-        texts = Sequences(folder, model.bert.tokenizer, length)
-        loss, hit, window = held_out_scores(model, [texts[i] for i in range(len(texts))])
-        accuracy = f"{shown(summary(hit, window))} predicted, loss {loss.mean():.3f}"
-        print(f"after stage 1: {len(loss):,} masked tokens of {options.split} text, {accuracy}")
 
 
 def scalings(times):
@@ -159,8 +150,6 @@ def long(options, times=(1, 2, 4, 8, 16), windows=30):
     """Masked accuracy after stage 1 (or of --model, with an MLM head) at 1, 2, ... 16 times the
     trained length, or as far as --max-tokens: the same masks in the same text, which is read in
     pieces of each length."""
-    from mlm import held_out_scores
-
     where = options.model or f"{options.out}/mlm"
     model = NomicBertForMaskedLM.from_pretrained(where, device=best_device())
     length, texts, table = model.config.trained_length, [], {}

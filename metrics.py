@@ -145,7 +145,8 @@ class Retrieval:
         """The retrieval tasks of a data folder, in the order of their names."""
         folders = sorted(path for path in Path(data, "retrieval").glob("*") if path.is_dir())
         if not folders:
-            raise InputError(f"no retrieval tasks in {data}: python data/pydocs.py makes some")
+            makes = "data/pydocs.py makes some; to train without, give --eval-every=0"
+            raise InputError(f"no retrieval tasks in {data}: {makes}")
         return [cls(folder, split, **sample) for folder in folders]
 
     def rank(self, model, max_tokens, k=100, dims=None):

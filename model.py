@@ -309,7 +309,7 @@ class NomicBert(nn.Module):
         if limit < 3:
             raise InputError(f"max_tokens={limit}: [CLS], a token and [SEP] make at least 3")
         if self.tokenizer is None:
-            raise InputError("there was no tokenizer.json beside the model: set model.tokenizer")
+            raise InputError("no tokenizer.json beside the model: put it there, or set .tokenizer")
         if isinstance(texts, str):
             raise InputError("encode takes a list of texts: write [text]")
         try:

@@ -218,7 +218,7 @@ def main(arguments):
     for task in Retrieval.open_all(options.data, options.split):
         print(task.about)
     results = {row.name: {} for end in chosen for row in with_starts(end)}
-    for seed in whole_numbers(options.seeds, least=0):
+    for seed in whole_numbers("--seeds", options.seeds, least=0):
         for name, runs in results.items():
             print(f"\n{name}, seed {seed}", flush=True)
             runs[seed] = run_row(ROWS[name], seed, options)

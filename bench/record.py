@@ -50,7 +50,7 @@ def train(commands, options, seed):
 
 
 def records(commands, options):
-    seeds, rows = whole_numbers(options.seeds, least=0), []
+    seeds, rows = whole_numbers("--seeds", options.seeds, least=0), []
     tasks = Retrieval.open_all(options.data, "dev")
     yield "seed", "core-seconds", *(task.name for task in tasks), "mean"
     for seed in seeds:

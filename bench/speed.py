@@ -52,12 +52,12 @@ class Options:
     rounds: int = 3  # how often each is timed; the median counts
 
 
-def whole_numbers(text, least=1):
-    """ "8,32" -> [8, 32]. Raises InputError for anything else."""
+def whole_numbers(option, text, least=1):
+    """The numbers of an option: "8,32" -> [8, 32]. Raises InputError for anything else."""
     valid = re.fullmatch(r"\d{1,9}(,\d{1,9})*", text, re.ASCII)
     numbers = [int(number) for number in text.split(",")] if valid else []
     if not numbers or min(numbers) < least:
-        raise InputError(f"{text}: give whole numbers from {least} with commas between them")
+        raise InputError(f"{option}={text}: give whole numbers from {least} with commas between")
     return numbers
 
 
@@ -212,7 +212,7 @@ def train(folder, options, config):
         sum(map(len, texts)),
         {"ours": our_step(folder, texts, config.micro_batch_tokens)},
     )
-    for size in whole_numbers(options.tries):
+    for size in whole_numbers("--tries", options.tries):
         steps[f"theirs, {size} texts"] = their_step(folder, texts, size)
     title = f"{options.texts:,} pairs, {tokens:,} tokens"
     yield from compare(title, tokens, steps, max, options.rounds)
@@ -234,7 +234,7 @@ def encode(folder, options, config):
         texts = [tokenizer.decode(piece.tolist()) for piece in pieces]
         tokens = sum(map(len, tokenizer.encode_batch_fast(texts)))
         works = {"ours": partial(ours.encode, texts)}
-        for size in whole_numbers(options.tries):
+        for size in whole_numbers("--tries", options.tries):
             works[f"theirs, {size} texts"] = partial(theirs.encode, texts, batch_size=size)
         title = f"{title}: {len(texts):,} texts, {tokens:,} tokens"
         yield from compare(title, tokens, works, lambda x, y: (x * y).sum(1).min(), options.rounds)

@@ -66,6 +66,7 @@ ALLOWED = {  # the first is the default; model.py has no other
     "prenorm": [False],
     "causal": [False],
     "rotary_emb_fraction": [1.0],
+    "partial_rotary_factor": [1.0],
     "rotary_emb_interleaved": [False],
     "rope_scaling": [None],  # the earlier name of rope_parameters
     "rope_type": ["default", "linear", "dynamic"],
@@ -146,7 +147,7 @@ def read_weights(directory):
         try:
             stored = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be read: {error}") from None
+            raise InputError(f"{path} cannot be read, is it all there? {error}") from None
         for name, weight in stored.items():
             name = re.sub(PREFIX, "", name)
             for pattern, ours in RENAMED.items():

@@ -80,6 +80,7 @@ def read_lines(path):
                 yield number, line.rstrip("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
+        reason = "not UTF-8, convert it" if isinstance(error, UnicodeDecodeError) else reason
         where = f" after line {number}" if number else ""
         raise InputError(f"{path} cannot be read{where}: {reason}") from None
 

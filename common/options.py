@@ -98,9 +98,9 @@ def parse(name, text, kind, help_text):
             raise InputError(f"{name}={text}: give {' or '.join(choices.rsplit(', ', 1))}")
         return text if kind is str else text == "true"
     low, high = map(float, brackets[1].split(",")) if brackets else (int(kind is int), 1e9)
-    with contextlib.suppress(ArithmeticError):  # not a number, or nan
+    with contextlib.suppress(ArithmeticError, ValueError):  # not a number, or nan
         value = Decimal(text)
-        if low <= value <= high and (kind is float or value == int(value)):
+        if low <= float(value) <= high and (kind is float or value == int(value)):
             return kind(value)
     number = "whole number" if kind is int else "number"
     raise InputError(f"{name}={text}: give a {number} from {low:,g} to {high:,g}")

@@ -94,14 +94,14 @@ def read_folder(folder):
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give one with {', '.join(SUFFIXES)}")
     for path in sorted(folder.rglob("*")):
-        *parents, file = path.relative_to(folder).parts
-        name = repr("/".join([*parents, file]))[1:-1]
+        parts = path.relative_to(folder).parts
+        name = repr("/".join(parts))[1:-1]
         if path.is_symlink() and not path.is_file():
             left_out[name] = "link to a folder or to nothing"
         elif path.suffix.lower() not in SUFFIXES or not path.is_file():
             continue
-        elif any(p.startswith(".") or p in ("_build", "node_modules") for p in parents):
-            left_out[name] = "in a hidden or built folder"
+        elif any(p.startswith(".") or p in ("_build", "node_modules") for p in parts):
+            left_out[name] = "hidden, or in a built folder"
         else:
             documents.append(read_document(path, name))
     left_out |= {d.name: "fewer than ten words" for d in documents if len(words(d.text)) < 10}

@@ -86,10 +86,11 @@ def front_matter(text):
 # Markdown: two rules for what CommonMark lacks, and the parser's tokens -> text
 
 MATH = re.compile(r"(?s)\$\$.*?\$\$|\\\[[ \t]*\n.*?\\\]|\\begin\{(\w+\*?)\}.*?\\end\{\1\}")
-# script and style; {#anchor}, [!note], [x] of a task, ![[picture]]; [[page|text]]; $mathematics$
+# script and style; %%comment%%, {{ template }}, ^block; {#anchor .class}, [!note], [x] of a task,
+# ![[picture]]; [[page|text]]; $mathematics$
 INLINE = re.compile(
-    r"<(script|style)\b.*?</\1\s*>"
-    r"|\{#[\w-]+\}|\A\[![^\[\]]+\][-+]?\s*|\A\[[ x]\]\s+|!\[\[[^\[\]]*\]\]"
+    r"<(script|style)\b.*?</\1\s*>|%%.*?%%|\{[{%].*?[%}]\}+|(?<=\s)\^[\w-]+\Z"
+    r"|\{:? ?[#.][^{}\n]*\}|\A\[![^\[\]]+\][-+]?\s*|\A\[[ x/>-]\]\s+|!\[\[[^\[\]]*\]\]"
     r"|\[\[([^\[\]|]*\|)?#?(?P<text>[^\[\]]+)\]\]"
     r"|(?P<math>\$\$.+?\$\$|\$(?=\S)(\\.|[^$\\])+?(?<=\S)\$(?!\d))",
     re.I | re.S,

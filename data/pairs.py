@@ -8,7 +8,7 @@
     python data/pairs.py faq.jsonl:search_query:search_document         # or of each, the default
     python data/pairs.py titles.jsonl --columns=set         # a list of texts that say the same
     python data/pairs.py news.jsonl --columns=title,body --text=wiki.jsonl.gz
-    python data/pairs.py --paper --sources=squad,eli5 --limit=10000     # a sample, from the hub
+    python data/pairs.py --sources=squad,eli5 --limit=10000     # of the paper's, from the hub
 
 A file is a source (`cat` joins gzipped shards). Its first 10,000 rows give up to --queries held-out
 queries: a retrieval task of its name. The documents are the text of stage 1, unless --text names
@@ -53,7 +53,7 @@ class Options:
     limit: int = 0  # rows of each source; 0: all [0, 1e12]
     show: int = 0  # how many pairs to print, drawn at random from all sources [0, 1000]
     paper: bool = False  # read the sources of data/paper.tsv
-    sources: str = ""  # with --paper: names, with commas; default: all that can be read
+    sources: str = ""  # some of data/paper.tsv, with commas; default with --paper: all
 
 
 @dataclass
@@ -151,8 +151,8 @@ def hold_out(source, options, folder):
         answers.setdefault(pair["query"], []).append(pair["document"])
     if not answers:
         reasons = "; ".join(f"{fault} in {first}" for fault, (_, first) in faults.items())
-        columns = ", ".join(source.columns)
-        raise InputError(f"{source.name}: {reasons or 'no rows'}; its columns should be {columns}")
+        columns = ", ".join(dict.fromkeys(source.columns))
+        raise InputError(f"{source.name}: {reasons or 'no rows'}; give {columns}, or --columns")
 
     def documents_of(queries):
         return [document for query in queries for document in answers[query]]
@@ -292,7 +292,7 @@ def main(arguments):
     names, stage3, text, columns = ([*filter(None, names.split(","))] for names in lists)
     if not 1 <= len(columns) <= 3:
         raise InputError(f"--columns={options.columns}: give two names, or three with negatives")
-    sources, places = paper_sources(names) if options.paper else ([], [])
+    sources, places = paper_sources(names) if options.paper or names else ([], [])
     sources += [source_of(file, 2, columns) for file in files]
     sources += [source_of(file, 3, columns) for file in stage3]
     for path in text:

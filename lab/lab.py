@@ -193,6 +193,8 @@ def grade(folder):
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(("student", "exercise", "state", "hints", "seconds", "predictions"))
     for student in students:
+        if not any(student.glob("*.py")):
+            print(f"{student} has no files of lab/work: are they deeper down?", file=sys.stderr)
         try:
             record = progress(student)
         except InputError as error:
