@@ -31,7 +31,7 @@ own: .venv/installed
 lesson: .venv/installed
 	$(BIN)/python data/pydocs.py
 	$(BIN)/python bench/experiments.py lesson --seeds=0,1,2
-	$(BIN)/python evaluate.py long --model=out/experiments/0/8-000-steps-of-stage-1 --out=out/experiments
+	$(BIN)/python evaluate.py long --model=out/experiments/0/8000-steps-of-stage-1 --out=out/experiments
 	$(BIN)/python evaluate.py plot --out=out/experiments
 
 lab: $(if $(OUT),.venv/installed,demo)

@@ -214,10 +214,10 @@ def document_embeddings(model, directory, corpus, texts, max_tokens):
     of_each = f"the first {max_tokens:,} tokens of each"
     print(f"embedding {len(texts):,} documents ({of_each}), once for this model", file=sys.stderr)
     embeddings = model.encode([PREFIXES["document"] + text for text in texts], max_tokens)
+    stored = {"embeddings": embeddings.astype(np.float16)}
     with contextlib.suppress(InputError):  # a read-only checkpoint is searched without a cache
-        stored = {"embeddings": embeddings.astype(np.float16)}
         write_whole(cache, lambda path: save_file(stored, path, {"key": key}))
-    return embeddings
+    return stored["embeddings"].astype(np.float32)  # as from the cache
 
 
 def search(options, *words):

@@ -57,11 +57,9 @@ LADDER = [
 ]
 
 # The paper's order and proportion: a long stage 1, weak pairs, few supervised ones. Two layers.
-LONG, WEAK, BEST = "8,000 steps of stage 1", "from it, stage 2", "from it, stage 3"
-FRESH, FEW = (
-    "--num-hidden-layers=2 --lr=1e-3",
-    "--pairs=3000 --batch-size=256 --steps=80 --warmup=8",
-)
+LONG, WEAK, BEST = "8000 steps of stage 1", "then stage 2", "then stage 3"
+FRESH = "--num-hidden-layers=2 --lr=1e-3"
+FEW = "--pairs=3000 --batch-size=256 --steps=80 --warmup=8"
 TUNED = f"--pairs=1000 --batch-size=256 --steps=40 --warmup=4 --lr=3e-4 {EASY}"
 LESSON = [
     Row(LONG, "mlm", options="--steps=8000 --warmup=480 --save-every=1000", once=True),
@@ -69,10 +67,10 @@ LESSON = [
     Row(BEST, "finetune", WEAK, TUNED, against=WEAK),
     Row("stage 2 without stage 1", "contrastive", "", f"{FEW} {FRESH}", against=WEAK),
     Row("stage 3 without stage 1", "finetune", "stage 2 without stage 1", TUNED, against=BEST),
-    Row("stage 3 after stage 1, without 2", "finetune", LONG, TUNED, against=BEST),
+    Row("stage 3 after stage 1 without 2", "finetune", LONG, TUNED, against=BEST),
     Row("stage 3 with four hard negatives", "finetune", WEAK, f"{TUNED} --negatives=4",
         against=BEST),
-    Row("one layer without stage 1, twice the steps", "contrastive", "", f"{FEW} --lr=1e-3 "
+    Row("one layer without stage 1 for twice the steps", "contrastive", "", f"{FEW} --lr=1e-3 "
         "--steps=160 --warmup=16", against="stage 2 without stage 1"),
 ]  # fmt: skip
 

@@ -100,14 +100,14 @@ def test_every_row_has_a_name_of_its_own_starts_from_one_above_and_has_options_o
 BAD = (
     (speed.main, [], "give one of stages, train, encode"),
     (speed.main, ["stages", "two"], "two: the stages are mlm, contrastive, finetune"),
-    (record.main, ["--seeds=few"], "few: give whole numbers from 0"),
+    (record.main, ["--seeds=few"], "--seeds=few: give whole numbers from 0"),
     (estimate.main, ["mlm", "--gpus=0"], "--gpus=0: give a whole number"),
     (experiments.main, ["ladders"], "ladders: the tables are ladder, lesson, curve"),
     (experiments.main, ["--rows=before"], "--rows=before: the rows are BM25, "),
     (
         experiments.main,
         ["--data=nowhere"],
-        "no retrieval tasks in nowhere: python data/pydocs.py makes some",
+        "no retrieval tasks in nowhere: data/pydocs.py makes some; to train",
     ),
 )
 

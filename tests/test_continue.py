@@ -57,9 +57,7 @@ def published(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("stage", "hub"), [(contrastive, False), (finetune, True)])
-def test_after_training_on_notes_a_search_finds_held_out_sections(
-    published, monkeypatch, capsys, stage, hub
-):
+def test_trained_on_notes_it_finds_held_out_sections(published, monkeypatch, capsys, stage, hub):
     """In stage 2 from a directory, in stage 3 from a name on the hub."""
     init, tokenizer = "published", "published/tokenizer.json"
     if hub:

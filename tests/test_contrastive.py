@@ -75,9 +75,7 @@ def test_no_more_logits_are_in_memory_than_allowed():
         assert largest.elements == logits_in_memory
 
 
-# ------------------------------------------------------------------------------------------------
-# GradCache
-
+# For GradCache
 TEXTS = random_texts(np.random.default_rng(0).integers(3, 40, 16))
 
 
@@ -172,9 +170,6 @@ def test_only_gathering_with_gradient_has_the_gradient_of_one_process(tmp_path):
         torch.testing.assert_close(gathered, true, rtol=1e-12, atol=1e-12)
         without, local = (F.cosine_similarity(gradient, true, 0) for gradient in others)
         assert local < without < 0.999
-
-
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", [NomicBertForMaskedLM, NomicBert])

@@ -1,6 +1,5 @@
 """The data folder: what is held out stays out, and batches are a function of (seed, step)."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -9,10 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import ROOT
-from tiny import cases
+from tiny import cases, read_jsonl, refused
 
 from common.files import write_json
-from common.options import InputError
 from data import docstrings, prepare, pydocs
 from data.batches import PairBatches
 from data.duplicates import HeldOut, NearDuplicates, held_out_texts
@@ -29,10 +27,6 @@ def sources(data, data_tokenizer):
     return open_sources(data / "stage2", data_tokenizer)
 
 
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
-
-
 def test_a_batch_comes_from_one_source_and_an_epoch_has_every_row_once(sources):
     batches = PairBatches(sources, 16, seed=3)
     seen = {source.name: [] for source in sources}
@@ -46,10 +40,7 @@ def test_a_batch_comes_from_one_source_and_an_epoch_has_every_row_once(sources):
 
 def test_batches_are_a_function_of_seed_and_step_and_every_epoch_has_another_order(sources):
     one, same, other = (PairBatches(sources, 16, seed=seed) for seed in (3, 3, 4))
-
-    def rows(batches, steps):
-        return [batches.at(step)[1].tolist() for step in steps]
-
+    rows = lambda batches, steps: [batches.at(step)[1].tolist() for step in steps]  # noqa: E731
     assert rows(one, (17, 3, 17)) == rows(same, (17, 3, 17))  # in any order, after any history
     epoch = len(one.source_of)
     assert rows(one, range(5)) not in (rows(other, range(5)), rows(one, range(epoch, epoch + 5)))
@@ -74,8 +65,8 @@ def test_a_source_smaller_than_a_batch_gives_one_with_its_rows_repeated(sources)
         counts = Counter(rows.tolist()).values()
         assert len(rows) == size and len(counts) == min(len(source), size)
         assert max(counts) - min(counts) <= 1
-    small = [source.name for source in sources if len(source) < size]
-    assert small and ", ".join(small) in batches.about().popitem()[1]
+    small = ", ".join(source.name for source in sources if len(source) < size)
+    assert small and small in batches.about().popitem()[1]
 
 
 def test_a_weight_says_how_often_an_epoch_has_a_source(sources):
@@ -106,16 +97,14 @@ def test_so_many_pairs_are_the_same_share_of_each_source_drawn_by_the_seed(sourc
 @pytest.mark.parametrize("weights", ["faq=2", "{}", "{}=-1", "{}=much"])
 def test_weights_that_are_none_are_named(weights, sources):
     weights = weights.format(sources[0].name)
-    with pytest.raises(InputError, match=f"--weights={weights}: give NAME=NUMBER, below 1,000, of"):
+    with refused(f"--weights={weights}: give NAME=NUMBER, below 1,000, of"):
         PairBatches(sources, 4, 3, weights)
 
 
-def test_stored_texts_are_what_the_tokenizer_makes_of_prefix_and_text(
-    data, sources, data_tokenizer
-):
+def test_stored_texts_are_the_tokens_of_prefix_and_text(data, sources, data_tokenizer):
     """Training reads ids from disk, evaluation tokenises strings: both must be the same."""
     for source in sources:
-        pairs = rows_of(data / "stage2" / source.name / "pairs.jsonl")
+        pairs = read_jsonl(data / "stage2" / source.name / "pairs.jsonl")
         for column in ("query", "document"):
             texts = [source.meta["prefixes"][column] + pair[column] for pair in pairs[:20]]
             whole, short = (source.texts(column, range(20), length) for length in (10_000, 12))
@@ -125,16 +114,10 @@ def test_stored_texts_are_what_the_tokenizer_makes_of_prefix_and_text(
 
 
 def test_another_tokenizer_and_another_kind_of_folder_are_errors(data, tokenizer, tmp_path):
-    with pytest.raises(InputError, match="another tokenizer"):
+    with refused("another tokenizer"):
         Source(data / "stage1" / "train", tokenizer)
-    with pytest.raises(InputError, match="no sources in "):
+    with refused("no sources in "):
         open_sources(tmp_path, tokenizer)
-
-
-def edited(place, value):
-    """A change of one offset."""
-    value = value.to_bytes(8, "little")
-    return lambda data: data[: 8 * place] + value + data[8 * place + 8 :]
 
 
 TOKENS, OFFSETS = "query.tokens.bin", "query.offsets.bin"
@@ -142,42 +125,29 @@ TOKENS, OFFSETS = "query.tokens.bin", "query.offsets.bin"
 
 @cases(
     "name, change",
-    [
-        *((n, lambda d, size=size: d[:size]) for n in (TOKENS, OFFSETS) for size in (0, -8, -1)),
-        (TOKENS, lambda data: data[::-1]),
-        (TOKENS, lambda data: b"\xff" * len(data)),
-        (OFFSETS, edited(3, 10**12)),
-        (OFFSETS, edited(4, 0)),
-        (OFFSETS, lambda data: data[:-8] + data[:8]),
-        ("meta.json", lambda data: data[:-5]),
-        ("meta.json", lambda data: data.replace(b'"rows": ', b'"rows": 1')),
-    ],
+    *((n, lambda d, size=size: d[:size]) for n in (TOKENS, OFFSETS) for size in (0, -8, -1)),
+    (TOKENS, lambda data: data[::-1]),
+    (TOKENS, lambda data: data[:2] + b"\xff\xff" + data[4:]),
+    (OFFSETS, lambda data: data[:24] + (10**12).to_bytes(8, "little") + data[32:]),
+    ("meta.json", lambda data: data[:-5]),
+    ("meta.json", lambda data: data.replace(b'"rows": ', b'"rows": 1')),
 )
 def test_a_damaged_source_is_an_error_that_names_it(data, data_tokenizer, tmp_path, name, change):
     """At opening what can be seen at once, and the rest where it is read: never a wrong text."""
     folder = shutil.copytree(data / "stage2/summary-code", tmp_path / "damaged")
     (folder / name).write_bytes(change((folder / name).read_bytes()))
-    with pytest.raises(InputError, match="/damaged") as error:
+    with refused("/damaged"):
         source = Source(folder, data_tokenizer)
         source.texts("query", range(len(source)), 64)
-    assert "\n" not in str(error.value)
 
 
-@cases("change", [lambda d: d[: len(d) // 2], lambda d: d[:-1], lambda d: d * 2, lambda d: b""])
+@cases("change", lambda d: d[: len(d) // 2], lambda d: d[:-1], lambda d: d * 2)
 def test_text_that_does_not_fit_the_tokens_is_not_copied(data, data_tokenizer, tmp_path, change):
     folder = shutil.copytree(data / "stage2/halves", tmp_path / "halves")
     path = folder / "pairs.jsonl"
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(InputError, match="halves/pairs.jsonl is damaged: not .* lines; prepare"):
+    with refused("halves/pairs.jsonl is damaged: not .* lines; prepare"):
         prepare.write_source(tmp_path / "new", (), PREFIXES, data_tokenizer, stored=[folder])
-
-
-@cases("text", ["[1]", '{"query": "cut', '{"query": "a"}', '{"query": "a", "document": 3}', "\xff"])
-def test_pairs_that_cannot_be_shown_are_named(tmp_path, text):
-    (tmp_path / "stage2/faq").mkdir(parents=True)
-    (tmp_path / "stage2/faq/pairs.jsonl").write_text(text, "latin-1")
-    with pytest.raises(InputError, match="faq/pairs.jsonl is damaged: not a pair"):
-        prepare.show_pairs(tmp_path, 1)
 
 
 def test_splits_are_by_module_and_the_same_everywhere():
@@ -232,9 +202,7 @@ def test_held_out_text_is_found_and_quotes_and_unknown_scripts_are_not(word_toke
         "a short": 0,  # a part
         "ban мороз": 0,  # what [UNK] stands for may be anything
         f"{other} {held} {other}": 1,  # it stands within another text
-        " ".join(parts[:26]) + " " + other: 1,  # more than half of it
         " ".join(parts[:4]) + " " + other: 0,  # a few words of it
-        " ".join(reversed(parts)): 0,
         "жили были дед и баба": 0,  # another text that is nothing but [UNK]
     }
     short = ["a short one", "Bak dol", "ban", "ban солнце"]
@@ -279,17 +247,15 @@ Subtracts. {extra}""".format(extra="Not yet"))
 def test_docstrings_code_and_comments_are_read_without_importing(tmp_path):
     path = tmp_path / "m.py"
     path.write_text(SOURCE)
-    *entries, comment = docstrings.read_file(("p", path, "p.m"))
-    about, add, sub = entries
-    assert [entry.name for entry in entries] == ["p.m", "p.m.add", "module.sub"]
+    about, add, sub, comment = docstrings.read_file(("p", path, "p.m"))
+    assert [entry.name for entry in (about, add, sub)] == ["p.m", "p.m.add", "module.sub"]
     assert add.code.startswith("def add(a, b):\n") and "Add two" not in add.code
     assert pydocs.summary_and_body(add.text)[0] == "Add two numbers."
     assert list(pydocs.sections(add.text)) == [("Args", "    a: the first number")]
     assert sub.text == "Subtracts. Not yet"
     assert comment.kind == "comment" and comment.text == "Check both before they are added up here"
     assert comment.code == "check(a, b)\nreturn a + b"
-    summary_and_body = pydocs.summary_and_body(about.text)
-    assert summary_and_body == ("About this module.", "It does two things.")
+    assert pydocs.summary_and_body(about.text)[1] == "It does two things."
 
 
 def test_compiled_functions_of_torch_and_numpy_are_there():
@@ -316,26 +282,23 @@ def test_every_process_prepares_equal_files_and_the_same_command_does_nothing(tm
     pydocs.main([f"--out={tmp_path}/a", *small, "--show=3"])
     printed = capsys.readouterr().out
     assert "nothing to do" in printed and printed.count("\n---") == 3
-    with pytest.raises(InputError, match=r"a was made from other inputs \(vocab_size\): remove"):
+    with refused(r"a was made from other inputs \(vocab_size\): remove"):
         pydocs.main([f"--out={tmp_path}/a", "--core=tqdm", "--vocab-size=512"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-@pytest.mark.parametrize("package", ["no_such_package", "torch.no_such_part", "zlib"])
+@pytest.mark.parametrize("package", ["no_such_package", "zlib"])
 def test_a_package_without_source_is_one_line_and_leaves_nothing(tmp_path, package):
-    with pytest.raises(InputError, match=f"{package} is not installed"):
+    with refused(f"{package} is not installed"):
         pydocs.main([f"--out={tmp_path}/a", f"--core={package}"])
     assert not list(tmp_path.iterdir())
 
 
-OTHER = '{"made_by": "nanoembed", "inputs": {"core": ["tqdm"]}}'
-
-
-@cases("name, text", [("a.txt", "dear"), ("meta.json", '{"made_by": "me"}'), ("meta.json", OTHER)])
-def test_a_folder_that_was_made_from_something_else_is_left_alone(tmp_path, name, text):
+@cases("name, text", ("a.txt", "dear"), ("meta.json", '{"made_by": "me"}'))
+def test_a_folder_of_something_else_is_left_alone(tmp_path, name, text):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text(text)
-    with pytest.raises(InputError, match="out is there and is no data|out was made from other"):
+    with refused("out is there and is no data folder"):
         pydocs.main([f"--out={tmp_path}/out", "--core=numpy"])
     assert (tmp_path / "out" / name).read_text() == text
     assert list(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / name]
@@ -346,6 +309,3 @@ def test_a_data_folder_takes_its_name_only_when_it_is_whole(tmp_path):
         write_json(folder / "meta.json", {"made_by": "nanoembed"})
         raise AssertionError
     assert not list(tmp_path.iterdir())
-    with data_folder(tmp_path / "out") as folder:
-        write_json(folder / "meta.json", {"made_by": "nanoembed"})
-    assert list(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out/meta.json"]

@@ -27,9 +27,7 @@ def test_fusion_adds_up_reciprocal_ranks():
     assert fused.tolist() == [[5, 3, 7, 9, -1]]
 
 
-def test_a_folder_is_scored_beside_bm25_and_other_settings_are_other_results(
-    directory, tmp_path, capsys
-):
+def test_a_folder_is_scored_beside_bm25_for_each_setting(directory, tmp_path, capsys):
     write_task(tmp_path / "task")
     command = ["retrieval", str(tmp_path / "task"), f"--model={directory}", f"--out={tmp_path}"]
     evaluate.main(command)
@@ -42,10 +40,6 @@ def test_a_folder_is_scored_beside_bm25_and_other_settings_are_other_results(
     for option in ("--dims=8", "--dims=16", "--max-tokens=5", "--rope-factor=3"):
         evaluate.main([*command, option])
     assert len(json.loads((tmp_path / "results.json").read_text())) == 5
-
-
-# ------------------------------------------------------------------------------------------------
-# MTEB
 
 
 @pytest.mark.filterwarnings("ignore:Some prompts")
@@ -98,10 +92,6 @@ def test_mteb_scores_a_checkpoint_as_we_do(directory, tmp_path):
     assert theirs.task_results[0].get_score() == pytest.approx(np.mean(scores), abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------
-# Search
-
-
 @pytest.fixture
 def search(directory, tmp_path, capsys):
     """Searches CORPUS with the model alone. Returns what is printed on stdout and stderr."""
@@ -138,15 +128,9 @@ def test_search_says_where_the_model_and_bm25_rank_what_it_finds(search):
     assert [line.split()[:2] for line in alone.splitlines()[1::2]] == [["1", "-"], ["2", "-"]]
 
 
-@cases("rows", [[], [{"_id": "a"}], [{"text": "a"}], [{"_id": "a", "text": None}], [3]])
-def test_a_damaged_corpus_is_an_error_that_names_it(search, rows):
-    with refused(r"search.corpus.jsonl(, line 1| is empty)"):
-        search(corpus=rows)
+def test_embeddings_are_kept_until_documents_or_checkpoint_change(search, directory):
+    """Or until the file that keeps them is damaged."""
 
-
-def test_embeddings_are_kept_until_documents_or_checkpoint_change_or_they_are_damaged(
-    search, directory
-):
     def change_weights():
         model = NomicBert.from_pretrained(directory)
         model.emb_ln.weight.data.mul_(2)
@@ -162,25 +146,16 @@ def test_embeddings_are_kept_until_documents_or_checkpoint_change_or_they_are_da
 
 
 @cases(
-    ("words", "message"),
-    [
-        (["search", " ", "--data="], "the query is empty"),
-        (["search", "x", "--data="], "nothing was trained in"),
-        (["--data=DATA"], "nothing was trained in .*: run make demo, or give another --out"),
-        (["long", "--data="], "there is no checkpoint directory .*/mlm"),
-        (["retrieval"], "retrieval: give search, long, plot, retrieval FOLDER, or nothing"),
-        (["retrieval", "nowhere"], "has no qrels"),
-        (["sing"], "sing: give search"),
-        (["plot"], "has nothing to draw: train first, or give another --out"),
-        *[(["--data=", option], f"^{option[:6]}.*: ladder does not use it; its options are --data")
-          for option in ("--model=x", "--dims=8", "--model-only", "--rope-factor=2")],
-        (["search", "x", "--split=dev"], "^--split: search does not use it"),
-        (["plot", "--dims=8"], "^--dims: plot does not use it; its options are --out"),
-    ],
-)  # fmt: skip
-def test_a_command_without_what_it_needs_or_with_what_it_does_not_use_says_so(
-    words, message, data, tmp_path
-):
+    "words, message",
+    (["search", " "], "the query is empty"),
+    (["search", "x"], "nothing was trained in .*: run make demo, or give another --out"),
+    (["retrieval"], "retrieval: give search, long, plot, retrieval FOLDER, or nothing"),
+    (["retrieval", "nowhere"], "has no qrels"),
+    (["sing"], "sing: give search"),
+    (["plot"], "has nothing to draw: train first, or give another --out"),
+    (["--model=x"], "^--model: ladder does not use it; its options are --data"),
+    (["plot", "--dims=8"], "^--dims: plot does not use it; its options are --out"),
+)
+def test_a_command_says_what_it_needs_and_what_it_does_not_use(words, message, tmp_path):
     with refused(message):
-        words = [word.replace("DATA", str(data)) for word in words]
         evaluate.main([*words, f"--out={tmp_path}"])

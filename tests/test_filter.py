@@ -1,16 +1,10 @@
 """Consistency filtering: shuffled pairs go, real ones stay, and nothing else changes."""
 
-import json
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from conftest import ROOT
-from tiny import cases, tiny_model, unit_rows
+from tiny import cases, read_jsonl, refused, start_group, tiny_model, unit_rows, write_pairs
 
 from common.files import fingerprint, load_tokenizer, read_json, write_json
-from common.options import InputError
 from data import filter as filtering
 from data import prepare
 from data.store import Source
@@ -40,7 +34,7 @@ def folder(tmp_path):
     documents = [" ".join(reversed(text.split())) for text in texts]  # the same words
     documents[100:] = np.roll(documents[100:], 1).tolist()
     tokenizer = prepare.train_tokenizer(texts, vocab_size=200)
-    write_pairs(data / "stage2/mixed", zip(texts, documents, strict=True), tokenizer)
+    write_pairs(data / "stage2/mixed", zip(texts, documents, strict=True), tokenizer, PREFIXES)
     documents[15:30] = [sentence(rng) for _ in range(15)]
     rows = [{"query": texts[i], "document": documents[i]} for i in range(30)]
     rows = [{**row, "negatives": WORDS[: i % 3]} for i, row in enumerate(rows)]
@@ -54,11 +48,6 @@ def folder(tmp_path):
 
 
 PREFIXES = {"query": "a: ", "document": "b: "}
-
-
-def write_pairs(folder, pairs, tokenizer, prefixes=PREFIXES):
-    rows = ({"query": query, "document": document} for query, document in pairs)
-    prepare.write_source(folder, rows, prefixes, tokenizer)
 
 
 def lines(path):
@@ -96,7 +85,7 @@ def test_a_document_in_many_rows_does_not_push_itself_out(folder, judge):
     text = " ".join(WORDS[:6])
     pairs = [(f"{text} {word}", text) for word in WORDS[6:16]]
     pairs += [(word * 3, word * 2) for word in WORDS[20:40]]
-    write_pairs(folder / "stage2/shared", pairs, load_tokenizer(folder))
+    write_pairs(folder / "stage2/shared", pairs, load_tokenizer(folder), PREFIXES)
     out = run(folder, judge, "--sources=shared")
     kept = lines(out / "stage2/shared/pairs.jsonl")
     assert kept[:10] == lines(folder / "stage2/shared/pairs.jsonl")[:10]
@@ -107,7 +96,7 @@ def test_pairs_are_compared_within_blocks_of_equal_size(folder, judge):
     source had no other rows."""
     source, options = folder / "stage2/other", filtering.Options(str(judge), block=12)
     encode = filtering.open_judge(options, "cpu")
-    pairs = [json.loads(line) for line in lines(source / "pairs.jsonl")]
+    pairs = read_jsonl(source / "pairs.jsonl")
     kept = filtering.judge_source(encode, source, options, "cpu")
     blocks = [pairs[begin : begin + 10] for begin in (0, 10, 20)]
     alone = [filtering.judge_block(encode, b, PREFIXES, options, "cpu")[:, 0] for b in blocks]
@@ -128,12 +117,11 @@ def test_rows_that_stay_keep_their_tokens_and_all_else_is_copied(folder, judge):
         kept = [rows[line] for line in lines(out / f"stage2/{name}/pairs.jsonl")]
         assert len(new) == len(kept) < len(old) and new.weight == weight
         for i, row in enumerate(kept):
-            for side in new.columns:
-                now, then = ([i], [row])
-                if side == "negative":
-                    now, then = new.negatives(i), old.negatives(row)
-                texts = new.texts(side, now, 99), old.texts(side, then, 99)
-                assert list(map(list, texts[0])) == list(map(list, texts[1]))
+            places = [("query", [i], [row]), ("document", [i], [row])]
+            places += [("negative", new.negatives(i), old.negatives(row))] * (name == "other")
+            for side, now, then in places:
+                texts = [s.texts(side, rows, 99) for s, rows in ((new, now), (old, then))]
+                assert len(texts[0]) == len(texts[1]) and all(map(np.array_equal, *texts))
         assert meta["filtered"][name] == {"rows": len(old), "kept": len(kept)}
         assert meta["rows"][f"stage2/{name}"] == len(kept)
     how = meta["inputs"]["filtered"]
@@ -141,63 +129,43 @@ def test_rows_that_stay_keep_their_tokens_and_all_else_is_copied(folder, judge):
     assert how["weights"] == fingerprint(judge / "model.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--sources=mixed,nothing"], "--sources=nothing: .*has mixed, other"),
-        (["--judge=nowhere"], "nowhere"),
-        (["--judge=st:/nowhere"], "--judge=st:/nowhere does not open"),
-        (["more"], "give one data folder"),
-        (["--top=3", "--block=3"], "--top=3: in blocks of 3 pairs, all would stay"),
-        (["--out=./data/more"], "--out=data/more is within .*data, which is read"),
-        (["--out=data/../data"], "data is within .*data, which is read"),
-    ],
+@cases(
+    "options, message",
+    (["--sources=mixed,nothing"], "--sources=nothing: .*has mixed, other"),
+    (["--judge=st:/nowhere"], "--judge=st:/nowhere does not open"),
+    (["more"], "give one data folder"),
+    (["--top=3", "--block=3"], "--top=3: in blocks of 3 pairs, all would stay"),
+    (["--out=./data/more"], "--out=data/more is within .*data, which is read"),
 )
 def test_bad_input_is_one_line_and_leaves_nothing(options, message, folder, judge, monkeypatch):
     monkeypatch.chdir(folder.parent)
-    with pytest.raises(InputError, match=message) as error:
+    with refused(message):
         run(folder, judge, *options)
-    assert "\n" not in str(error.value)
     assert [path.name for path in folder.parent.iterdir()] == ["data"]
 
 
 def test_a_folder_that_is_there_is_not_overwritten(folder, judge, capsys, monkeypatch):
-    out = run(folder, judge)
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    run(folder, judge)
     monkeypatch.chdir(folder)
     filtering.main([".", f"--judge={judge}"])
     assert "made from the same inputs: nothing to do" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in before}
-    with pytest.raises(InputError, match="was made from other inputs .filtered."):
-        run(folder, judge, "--top=1")
     path = folder / "stage2/other/pairs.jsonl"
     path.write_text(path.read_text()[::-1])
-    with pytest.raises(InputError, match="was made from other inputs .filtered."):
+    with refused("was made from other inputs .filtered."):
         run(folder, judge)
 
 
-def test_a_file_that_cannot_be_copied_is_named(folder, judge):
-    (folder / "link").symlink_to("nowhere")
-    with pytest.raises(InputError, match="cannot write .*No such file.*link") as error:
-        run(folder, judge)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 300
-    assert [path.name for path in folder.parent.iterdir()] == ["data"]
-
-
-@cases("end", [[], ["{}"] * 2, ['{"query": "a"}'], ['{"query": "a", "document": 3}']])
+@cases("end", [], ["{}"] * 2, ['{"query": "a", "document": 3}'])
 def test_text_that_does_not_fit_the_tokens_is_named(end, folder, judge):
     path = folder / "stage2/mixed/pairs.jsonl"
     path.write_text("\n".join([*lines(path)[:139], *end]))
-    with pytest.raises(InputError, match="mixed/pairs.jsonl has not 140 pairs: prepare"):
+    with refused("mixed/pairs.jsonl has not 140 pairs: prepare"):
         run(folder, judge)
 
 
 def test_several_processes_keep_the_same_pairs(folder, judge):
-    alone, script = run(folder, judge), ROOT / "data/filter.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    out = folder.parent / "two"
-    command = [*launch, script, folder, f"--judge={judge}", f"--out={out}"]
-    subprocess.run(command, check=True, capture_output=True)
+    alone, out = run(folder, judge), folder.parent / "two"
+    start_group(2, lambda *_: run(folder, judge, f"--out={out}"))
     kept, expected = (
         {path.parent.name: lines(path) for path in data.glob("stage2/*/pairs.jsonl")}
         for data in (out, alone)
@@ -207,9 +175,8 @@ def test_several_processes_keep_the_same_pairs(folder, judge):
 
 def test_any_model_of_sentence_transformers_may_judge(folder, judge):
     """Ours opens there; with prefixes of its own it is another judge, so the data has none."""
-    pairs = [json.loads(line).values() for line in lines(folder / "stage2/mixed/pairs.jsonl")]
-    none = {"query": "", "document": ""}
-    write_pairs(folder / "stage2/plain", pairs, load_tokenizer(folder), none)
+    pairs = [row.values() for row in read_jsonl(folder / "stage2/mixed/pairs.jsonl")]
+    write_pairs(folder / "stage2/plain", pairs, load_tokenizer(folder), dict.fromkeys(PREFIXES, ""))
     ours = run(folder, judge, "--sources=plain") / "stage2/plain/pairs.jsonl"
     run(folder, f"st:{judge}", "--sources=plain", f"--out={folder}-st")
     found = lines(folder.with_name("data-st") / "stage2/plain/pairs.jsonl")

@@ -3,20 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model, unit_rows
+from tiny import tiny_model, unit_rows, write_pairs
 from torch import multiprocessing
 
+import finetune
 from contrastive import info_nce
 from data import prepare, store
-from finetune import (
-    Config,
-    choose_negatives,
-    matryoshka_loss,
-    matryoshka_sizes,
-    mine,
-    mine_hard_negatives,
-    mine_source,
-)
+from finetune import choose_negatives, matryoshka_loss, mine, mine_hard_negatives
 
 
 @pytest.mark.parametrize("margin", [np.inf, 1.0, 0.95, 0.5])
@@ -47,10 +40,8 @@ def test_a_score_equal_to_that_of_the_right_document_is_dropped():
     assert mined[0].tolist()[2] == -1 and set(mined[0, :2].tolist()) == {1, 3}
 
 
-# ------------------------------------------------------------------------------------------------
 # Mining a source. The last four of 30 rows: a copy of document 0; a document that equals document 1
 # as far as it is read; and another answer to each of the queries 2 and 3
-
 WORDS = [a + b + c for a in "rst" for b in "aei" for c in "nlm"]
 PAIRS = [(f"query of {word} and {word[::-1]}", f"text {word * 2}") for word in WORDS[:26]]
 PAIRS += [("nobody asks", PAIRS[0][1]), ("nobody knows", PAIRS[1][1] + " more" * 30)]
@@ -58,19 +49,14 @@ PAIRS += [(PAIRS[2][0], "another answer"), (PAIRS[3][0], "one more answer")]
 PREFIXES = {"query": "q: ", "document": "d: "}
 
 
-def write_source(folder, pairs, tokenizer):
-    rows = ({"query": query, "document": document} for query, document in pairs)
-    prepare.write_source(folder, rows, PREFIXES, tokenizer)
-    return store.Source(folder, tokenizer)
-
-
 @pytest.fixture
 def source(tokenizer, tmp_path):
-    return write_source(tmp_path / "source", PAIRS, tokenizer)
+    write_pairs(tmp_path / "source", PAIRS, tokenizer, PREFIXES)
+    return store.Source(tmp_path / "source", tokenizer)
 
 
 def settings(**values):
-    return Config(**{"mined": 29, "margin": np.inf, **values})
+    return finetune.Config(**{"mined": 29, "margin": np.inf, **values})
 
 
 def test_copies_and_answers_to_an_equal_query_are_no_negatives(source, tokenizer):
@@ -101,8 +87,8 @@ def mine_on(rank, world, source, model, folder):
     if world > 1:
         file = f"file://{folder}/store"
         torch.distributed.init_process_group("gloo", file, rank=rank, world_size=world)
-    config = settings(mined=5, margin=1.0)
-    np.save(folder / f"{world}-{rank}.npy", mine_source(model, source, config, 4 * len(source)))
+    mined = finetune.mine_source(model, source, settings(mined=5, margin=1.0), 4 * len(source))
+    np.save(folder / f"{world}-{rank}.npy", mined)
 
 
 def test_two_processes_mine_what_one_does(source, tokenizer, tmp_path):
@@ -119,11 +105,10 @@ def chosen(source, mined, row, count, seed=0):
     return set(map(tuple, choose_negatives(source, mined, row, count, 64, rng)))
 
 
-def test_queries_without_enough_negatives_are_counted_and_get_random_documents(
-    tokenizer, tmp_path, capsys
-):
+def test_queries_without_negatives_are_counted_and_get_random_ones(tokenizer, tmp_path, capsys):
     pairs = [("the same query", f"text {word}") for word in WORDS[:5]]
-    source = write_source(tmp_path / "source", pairs, tokenizer)
+    write_pairs(tmp_path / "source", pairs, tokenizer, PREFIXES)
+    source = store.Source(tmp_path / "source", tokenizer)
     mined = mine(tiny_model(tokenizer), [source], settings())
     assert (mined["source"] == -1).all(), "each document answers every query"
     assert "for 100% of them fewer than 1, and random documents" in capsys.readouterr().out
@@ -141,8 +126,10 @@ def test_negatives_are_drawn_from_those_that_were_mined(source):
 
 def test_a_source_keeps_the_negatives_that_it_brings(tokenizer, tmp_path):
     """Two each, except row 0, which has none, and gets other rows' documents."""
-    texts = [(word, f"text {word}", [word * 2, word * 3]) for word in WORDS]
-    rows = [dict(zip(("query", "document", "negatives"), row, strict=True)) for row in texts]
+    rows = [
+        {"query": word, "document": f"text {word}", "negatives": [word * 2, word * 3]}
+        for word in WORDS
+    ]
     rows[0]["negatives"] = []
     prepare.write_source(tmp_path / "own", rows, PREFIXES, tokenizer)
     source = store.Source(tmp_path / "own", tokenizer)
@@ -157,7 +144,7 @@ def test_a_source_keeps_the_negatives_that_it_brings(tokenizer, tmp_path):
 
 
 def test_matryoshka_adds_the_loss_of_the_first_dimensions_in_the_sizes_of_v1_5():
-    sizes = [matryoshka_sizes(hidden_size) for hidden_size in (768, 256, 32)]
+    sizes = [finetune.matryoshka_sizes(hidden_size) for hidden_size in (768, 256, 32)]
     assert sizes == [[64, 128, 256, 512, 768], [64, 128, 256], [32]]
     query, document = (torch.from_numpy(unit_rows(n, seed=n)) for n in (4, 9))
     q, d = (x[:, :4] / x[:, :4].norm(dim=1, keepdim=True) for x in (query, document))

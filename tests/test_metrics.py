@@ -59,9 +59,7 @@ def test_the_best_of_all_blocks_are_the_best_of_all(block, k):
     np.testing.assert_allclose(scores, np.take_along_axis(exact, numbers, 1), rtol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------
-# Retrieval tasks in the BEIR layout
-
+# A retrieval task in the BEIR layout
 CORPUS = [{"_id": f"d{i}", "title": "", "text": f"document number {i} of many"} for i in range(30)]
 CORPUS[7] |= {"title": "Seven", "text": "is a number"}
 QUERIES = [{"_id": "q1", "text": "Seven is a number"}, {"_id": "q2", "text": "document number 13"}]
@@ -83,20 +81,16 @@ def write_task(folder, corpus=CORPUS, queries=QUERIES, qrels=QRELS, ending="", p
         write_text(folder / f"{name}.jsonl{ending}", json_lines(rows))
     write_text(folder / "qrels" / "test.tsv", "\n".join(qrels) + "\n")
     if prefixes is not None:
-        write_text(folder / "meta.json", json.dumps({"prefixes": json.loads(prefixes)}))
+        write_text(folder / "meta.json", json.dumps({"prefixes": prefixes}))
     return folder
 
 
 @cases(
-    ("ending", "qrels"),
-    [
-        *[(ending, QRELS) for ending in ("", ".gz")],
-        ("", ["q1\td7\t2.0", "q2\td13\t1e0", "q1\td13\t-1"]),
-        ("", ["q1\td7\t2.000e+00", "q2\td13\t+1."]),
-        ("", ["", *QRELS, "", " "]),
-        ("", ["\ufeffquery-id\tcorpus-id\tscore", *QRELS[1:]]),
-        ("", [f"{line}\r" for line in QRELS]),
-    ],
+    "ending, qrels",
+    (".gz", QRELS),
+    ("", ["q1\td7\t2.000e+00", "q2\td13\t+1.", "q1\td13\t-1"]),
+    ("", ["\ufeffquery-id\tcorpus-id\tscore", *QRELS[1:], "", " "]),
+    ("", [f"{line}\r" for line in QRELS]),
 )
 def test_a_task_is_read_with_titles_and_prefixes_and_without_grade_0(tmp_path, ending, qrels):
     """Grades are in any notation; there may be blank lines."""
@@ -106,29 +100,22 @@ def test_a_task_is_read_with_titles_and_prefixes_and_without_grade_0(tmp_path, e
     assert task.prefixes["query"] == "search_query: "
 
 
-BAD_ROWS = [{}, {"_id": "d7"}, {"text": "no id"}, {"_id": None, "text": "a"}]
-BAD_ROWS += [{"_id": "d99", "text": text} for text in (None, 3, ["a"])]
-BAD_ROWS += [{"_id": name, "text": "a"} for name in (1.5, True, ["a"])]
+BAD_ROWS = [{"_id": "d7"}, {"text": "no id"}, {"_id": "d99", "text": 3}, {"_id": 1.5, "text": "a"}]
 BAD_ROWS += [{"_id": "d99", "title": ["a"], "text": "a"}]
-BAD_GRADES = ["1.5", "--5", "²", "high", "", "nan", "inf", "1e9", "1000"]
-BAD_PREFIXES = ["3", "null", '["search_query: "]', '"q"', '{"query": 3}', '{"query": null}']
 
 
 @cases(
-    ("damage", "message"),
-    [
-        *[({"corpus": [*CORPUS, row]}, "corpus.jsonl, line 31: not ") for row in BAD_ROWS],
-        ({"corpus": [*CORPUS, CORPUS[3]]}, "corpus.jsonl, line 31: the _id d3 is there twice"),
-        ({"corpus": []}, "corpus.jsonl is empty: a text is a line"),
-        ({"corpus": [{"_id": n, "text": "a"} for n in ("1", 1)]}, "line 2: the _id 1 is there tw"),
-        ({"queries": [*QUERIES, []]}, "queries.jsonl, line 3 holds a list, not an object"),
-        ({"qrels": ["q1 d7 1"]}, "test.tsv, line 1: not query-id, corpus-id and score, separated"),
-        *[({"qrels": [f"q1\td7\t{g}"]}, f"line 1: the grade {g} is no whole") for g in BAD_GRADES],
-        ({"qrels": [*QRELS, "q2\td99\t1"]}, "test.tsv, line 5: d99 is not in corpus.jsonl"),
-        ({"qrels": [*QRELS, "q9\td3\t1"]}, "test.tsv, line 5: q9 is not in queries.jsonl"),
-        *[({"prefixes": prefixes}, "meta.json: prefixes are not {") for prefixes in BAD_PREFIXES],
-        ({"qrels": QRELS[:1]}, "test.tsv judges no document relevant"),
-    ],
+    "damage, message",
+    *[({"corpus": [*CORPUS, row]}, "corpus.jsonl, line 31: not ") for row in BAD_ROWS],
+    ({"corpus": []}, "corpus.jsonl is empty: a text is a line"),
+    ({"corpus": [{"_id": n, "text": "a"} for n in ("1", 1)]}, "line 2: the _id 1 is there twice"),
+    ({"queries": [*QUERIES, []]}, "queries.jsonl, line 3 holds a list, not an object"),
+    ({"qrels": ["q1 d7 1"]}, "test.tsv, line 1: not query-id, corpus-id and score, separated"),
+    *[({"qrels": [f"q1\td7\t{g}"]}, f"grade {g} is no whole") for g in ("1.5", "1000", "nan")],
+    ({"qrels": [*QRELS, "q2\td99\t1"]}, "test.tsv, line 5: d99 is not in corpus.jsonl"),
+    ({"qrels": [*QRELS, "q9\td3\t1"]}, "test.tsv, line 5: q9 is not in queries.jsonl"),
+    *[({"prefixes": text}, "meta.json: prefixes are not {") for text in (3, {"query": 3})],
+    ({"qrels": QRELS[:1]}, "test.tsv judges no document relevant"),
 )
 def test_a_bad_task_is_an_error_that_names_file_and_line(tmp_path, damage, message):
     with refused(re.escape(message)):
@@ -159,8 +146,7 @@ def test_bm25_does_not_find_documents_without_a_word_of_the_query(tmp_path):
     assert rankings[0, 0] == 7 and (rankings[1] == -1).all()
     assert task.scores(rankings)["recall@100"] == [1.0, 0.0]
     assert bm25(["many words"])(["a", ""]).tolist() == [[-1], [-1]]
-    for documents in (["the of", "and"], ["! ?", "..."], ["x", "y z"], ["", " "], ["a_b", "_"]):
-        assert bm25(documents, True)(["the words"]).tolist() == [[-1, -1]]
+    assert bm25(["the of", "! ?"])(["the words"]).tolist() == [[-1, -1]], "nothing to index"
 
 
 def test_a_sampled_pool_keeps_every_relevant_document(tmp_path):

@@ -34,9 +34,6 @@ def test_the_default_shape_is_the_published_model():
     assert sizes == [136_731_648, 137_323_008]
 
 
-# ------------------------------------------------------------------------------------------------
-# Attention over packed texts, against softmax written out in float64
-
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LENGTHS = [9, 130, 1, 70, 70, 33]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -201,13 +198,11 @@ def test_encode_warns_of_texts_that_are_longer_than_it_reads(tokenizer, recwarn)
 
 
 @cases(
-    ("texts", "options", "message"),
-    [
-        *[(["a"], {"dims": n}, f"dims={n}: embeddings of this model have 64") for n in (65, 0)],
-        *[(["a"], {"max_tokens": n}, f"max_tokens={n}: ") for n in (2, -1)],
-        ("a text", {}, "takes a list of texts"),
-        *[(texts, {}, "takes a list of strings") for texts in (None, ["a", None], ["\ud800"])],
-    ],
+    "texts, options, message",
+    *[(["a"], {"dims": n}, f"dims={n}: embeddings of this model have 64") for n in (65, 0)],
+    *[(["a"], {"max_tokens": n}, f"max_tokens={n}: ") for n in (2, -1)],
+    ("a text", {}, "takes a list of texts"),
+    *[(texts, {}, "takes a list of strings") for texts in (None, ["a", None], ["\ud800"])],
 )
 def test_encode_refuses_what_it_cannot_embed(tokenizer, texts, options, message):
     with refused(re.escape(message)):

@@ -72,9 +72,7 @@ def test_two_nodes_have_the_losses_of_one_process(stage, nodes, data, tmp_path):
     check(agents, tmp_path)
 
 
-def test_a_node_that_was_lost_joins_again_and_ends_in_the_losses_of_one_process(
-    nodes, data, tmp_path
-):
+def test_a_node_that_was_lost_joins_again_and_ends_in_equal_losses(nodes, data, tmp_path):
     arguments = ["--precision=float32", "--steps=80", "--save-every=10"]
     train(STAGES["contrastive"], data, tmp_path / "alone", *arguments)
     arguments += [f"--data={data}", f"--out={tmp_path}/two"]

@@ -7,10 +7,9 @@ import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
-from tiny import cases
+from tiny import cases, read_jsonl, refused
 
-from common.files import load_tokenizer
-from common.options import InputError
+from common.files import load_tokenizer, read_json
 from data import pairs as script
 from data.store import Source
 from data.tasks import read_task, read_texts
@@ -44,12 +43,12 @@ def save(path, rows):
 
 def prepare(out, *arguments):
     script.main([*map(str, arguments), f"--out={out}", "--vocab-size=400"])
-    return json.loads(open(f"{out}/meta.json").read())
+    return read_json(f"{out}/meta.json")
 
 
 def stored(source):
     """(query, document, negatives) of every row, in text and as the tokens on disk say."""
-    rows = [json.loads(line) for line in open(source / "pairs.jsonl", encoding="utf-8")]
+    rows = read_jsonl(source / "pairs.jsonl")
     tokenizer = load_tokenizer(source.parents[1])
     on_disk = Source(source, tokenizer)
     assert len(on_disk) == len(rows)
@@ -109,20 +108,15 @@ def test_other_forms_of_rows_are_read(name, tmp_path):
     assert len(held) == 4 and stored(tmp_path / "out/stage2" / source) == expected
 
 
-@pytest.mark.parametrize(
+@cases(
     "argument, place, prefixes",
-    [
-        ("faq.jsonl", "faq.jsonl", ("search_query: ", "search_document: ")),
-        ("faq.jsonl:search_query:none", "faq.jsonl", ("search_query: ", "")),
-        ("a:b.jsonl", "a:b.jsonl", ("search_query: ", "search_document: ")),
-        (r"C:\notes\a.csv:clustering", r"C:\notes\a.csv", ("clustering: ", "clustering: ")),
-        ("none:none.jsonl:none", "none:none.jsonl", ("", "")),
-        ("owner/name part:clustering", "owner/name part", ("clustering: ", "clustering: ")),
-    ],
+    ("faq.jsonl", "faq.jsonl", ("search_query: ", "search_document: ")),
+    ("faq.jsonl:search_query:none", "faq.jsonl", ("search_query: ", "")),
+    (r"C:\notes\a.csv:clustering", r"C:\notes\a.csv", ("clustering: ", "clustering: ")),
+    ("none:none.jsonl:none", "none:none.jsonl", ("", "")),
+    ("owner/name part:clustering", "owner/name part", ("clustering: ", "clustering: ")),
 )
-def test_prefixes_are_names_behind_the_last_colons_and_all_else_is_the_path(
-    argument, place, prefixes, tmp_path, monkeypatch
-):
+def test_prefixes_stand_behind_the_last_colons(argument, place, prefixes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "owner" not in place:
         (tmp_path / place).write_text("{}")
@@ -138,22 +132,16 @@ def test_stage_1_reads_the_documents_once_each_or_the_text_that_is_given(tmp_pat
     texts = [bytes(train.columns["document"][i]) for i in range(len(train))]
     assert len(set(texts)) == len(texts) and 40 <= len(texts) <= 60
     more = save(tmp_path / "more.jsonl", [{"text": sentence(i, 40)} for i in range(300)])
-    with open(more, "a") as rows:
-        rows.write('{"text": "cut off\n{"text": 3}\n')
-    meta = prepare(tmp_path / "two", file, f"--text={more}")
-    assert meta["left out"]["stage1/train"] == {"not a JSON object": 1, "not text": 1}
+    prepare(tmp_path / "two", file, f"--text={more}")
     tokenizer = load_tokenizer(tmp_path / "two")
     sizes = [len(Source(tmp_path / f"two/stage1/{s}", tokenizer)) for s in ("train", "dev", "test")]
     assert sizes[0] == 270 and sizes[1] > 12 and sizes[2] > 18
 
 
 def test_limit_takes_the_first_rows_and_the_same_command_does_nothing(tmp_path, capsys):
-    file, out = save(tmp_path / "a.jsonl", pairs(100)), tmp_path / "out"
-    meta = prepare(out, file, "--limit=50")
-    assert meta["rows"]["stage2/a"] == 45
-    assert prepare(out, file, "--limit=50") == meta and "nothing to do" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"out was made from other inputs \(limit\): remove it"):
-        prepare(out, file)
+    command = (tmp_path / "out", save(tmp_path / "a.jsonl", pairs(100)), "--limit=50")
+    assert prepare(*command)["rows"]["stage2/a"] == 45
+    assert prepare(*command) and "nothing to do" in capsys.readouterr().out
 
 
 def test_what_is_held_out_here_or_elsewhere_is_in_no_source(tmp_path):
@@ -172,10 +160,8 @@ def test_what_is_held_out_here_or_elsewhere_is_in_no_source(tmp_path):
         corpus.write('{"_id": "short", "text": "yes"}\n')
         qrels.write("test-0\tshort\t1\n")
     again = [{**row, "query": f"again {row['query']}"} for row in pairs(200)]
-    a, b, c = (
-        save(tmp_path / f"{name}.jsonl", rows)
-        for name, rows in (("a", pairs(200)), ("b", again), ("c", pairs(9, start=900) + leaked))
-    )
+    files = {"a": pairs(200), "b": again, "c": pairs(9, start=900) + leaked}
+    a, b, c = (save(tmp_path / f"{name}.jsonl", rows) for name, rows in files.items())
     meta = prepare(tmp_path / "out", a, c, f"--stage3={b}", f"--held-out={task}")
     found = meta["contamination"]["sources"]
     assert found["stage2/c"] == {"near held-out text": 3, "equal to held-out text": 3}
@@ -213,19 +199,16 @@ def test_faulty_rows_are_counted_by_reason_and_the_first_is_shown(tmp_path, caps
 
 COMMANDS = [
     (["cut.jsonl.gz"], r"cut\.jsonl\.gz cannot be read"),
-    (["latin.jsonl"], r"latin\.jsonl cannot be read.*utf-8"),
     (["damaged.parquet"], r"damaged\.parquet cannot be read"),
-    (["other.jsonl"], "other: no query in row 1: .*; its columns should be query, document, neg"),
+    (["other.jsonl"], "other: no query in row 1: .*; give query, document, neg"),
     (["commas.csv"], "commas: more fields than the header in row 1"),
     (["blank.jsonl"], "blank: no rows"),
-    (["missing.jsonl"], r"missing\.jsonl: there is no such .jsonl, .csv or .parquet file"),
     (["good.jsonl", "--stage3=good.jsonl"], "two sources have one name, rename a file: good"),
     (["good.jsonl", "--columns=a,b,c,d"], "--columns=a,b,c,d: give two names"),
     (["good.jsonl:querry"], "good.jsonl:querry: there is no such .*; prefixes are search_query, "),
     (["good.jsonl", "--text=other.jsonl"], "--text: no text in row 1"),
-    (["good.jsonl", "--held-out=nowhere"], "nowhere/corpus.jsonl cannot be read"),
     ([], "no sources"),
-    (["--paper", "--sources=squat"], "squat is not in data/paper.tsv"),
+    (["--sources=squat"], "squat is not in data/paper.tsv"),
 ]
 
 
@@ -234,14 +217,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, argumen
     monkeypatch.chdir(tmp_path)
     lines = b'{"query": "a question", "document": "its answer"}\n' * 3000
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines)[:-200])
-    (tmp_path / "latin.jsonl").write_bytes(lines + b'{"query": "caf\xe9"}\n')
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and then nothing")
     save(tmp_path / "other.jsonl", [{"question": "a", "answer": "b"}] * 30)
     save(tmp_path / "good.jsonl", pairs(30))
     (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "commas.csv").write_text("query,document\na question,an answer, with a comma\n")
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(InputError, match=reason):
+    with refused(reason):
         prepare("out", *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
@@ -262,10 +244,7 @@ def test_the_sources_of_the_paper_have_its_prefixes_and_a_place_where_there_is_o
     assert text == ["wikimedia/wikipedia 20231101.en"] and "medi-wiki" in capsys.readouterr().out
     squad, msmarco = sources
     assert squad.places[0].endswith("/squad_pairs.jsonl.gz")
-    assert (squad.stage, squad.prefixes["query"], squad.columns) == (
-        2,
-        "search_query: ",
-        ["0", "1"],
-    )
+    assert (squad.stage, squad.columns) == (2, ["0", "1"])
+    assert squad.prefixes["query"] == "search_query: "
     assert (msmarco.stage, msmarco.columns) == (3, ["query", "pos", "neg"])
     assert len(script.paper_sources([])[0]) == 33

@@ -22,10 +22,8 @@ def libraries():
     transformers.logging.disable_progress_bar()
 
 
-TEXTS = [
-    "",
-    " ",
-    "search_query: some words",
+TEXTS = ["", " ", "search_query: some words"]
+TEXTS += [
     "\u0000 \n\tunprintable",
     "naïve café, 中文字符之间没有空格, done 😀👩‍💻 ok, qzxjv 🜁 ᚠᛇᚻ",
     "np.read_csv(path)[::-1] != None",
@@ -121,10 +119,6 @@ def test_they_scale_by_the_longest_text_so_far_and_we_by_each_text(tmp_path):
     assert deviation(ours, alone) < 1e-5, "ours equals theirs for the text alone"
 
 
-# ------------------------------------------------------------------------------------------------
-# Ours -> disk -> theirs
-
-
 @pytest.fixture(scope="module")
 def ours(data_tokenizer):
     return tiny_model(data_tokenizer)
@@ -172,9 +166,6 @@ def test_the_encoder_of_stage_1_opens_in_both_libraries(ours, tmp_path):
     found = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu").encode(["words"])
     np.testing.assert_allclose(found, model.bert.encode(["words"]), atol=1e-5)
 
-
-# ------------------------------------------------------------------------------------------------
-# Theirs -> disk -> ours
 
 SMALL = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL |= {"intermediate_size": 128}

@@ -21,8 +21,9 @@ SMALL = {  # script, or script and command -> options that make it small; the la
     "mlm.py": f"--steps=3 --batch-size=8 --eval-every=0 {SHAPE}",
     "contrastive.py": "--steps=3 --batch-size=8 --eval-every=0",
     "finetune.py": "--steps=3 --batch-size=8 --eval-every=0",
-    "bench/speed.py": "--preset=laptop --texts=8 --tries=8 --rounds=1 --batches=64",
+    "bench/speed.py": "--preset=laptop --texts=8 --tries=8 --rounds=1",
     "bench/speed.py stages": f"--steps=3 --batch-size=2 --compile=false {SHAPE}",
+    "bench/record.py": f"--seeds=0 'contrastive.py --steps=3 --batch-size=8 {SHAPE}'",
     "bench/experiments.py": f"--rows=BM25 --seeds=0 --options='{SHAPE}'",
     "bench/experiments.py lesson": f"--rows='stage 2 w' --seeds=0 --options='{SHAPE} --steps=2'",
     "bench/experiments.py curve": f"--rows='1500 pairs from' --options='{SHAPE} --steps=2'",
@@ -73,7 +74,7 @@ def run(command, folder):
     assert result.returncode == 0, f"{command}\n{result.stdout[-1000:]}\n{result.stderr[-2000:]}"
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(commands_of("README.md")))
+@pytest.mark.parametrize("command", [c for c in commands_of("README.md") if c not in PREPARED])
 def test_every_command_of_the_readme_runs(command, checkout):
     run(command, checkout)
 

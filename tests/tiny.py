@@ -3,11 +3,14 @@
 import contextlib
 import json
 import math
+import os
+import socket
 import time
 
 import numpy as np
 import pytest
 import torch
+from torch import multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import contrastive
@@ -15,6 +18,7 @@ import finetune
 import mlm
 from common.options import InputError
 from common.run import Run
+from data import prepare
 from model import ModelConfig, NomicBert
 
 STAGES = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
@@ -23,9 +27,10 @@ SMALL += ["--intermediate-size=64", "--steps=6", "--batch-size=8", "--log-every=
 SMALL += ["--eval-every=0"]
 
 
-def cases(names, rows):
-    """parametrize, where each test's name says which of how many inputs it is."""
-    rows = list(rows)
+def cases(names, *rows):
+    """parametrize, where each test's name says which of how many inputs it is. rows: one after the
+    other, or a list of all."""
+    rows = rows if len(rows) > 1 else list(rows[0])
     ids = [f"{i} of {len(rows)}" for i in range(1, len(rows) + 1)]
     return pytest.mark.parametrize(names, rows, ids=ids)
 
@@ -98,12 +103,18 @@ def train(stage, data, out, *options, stop_after=None, call=None):
     return losses_of(out), (out / "model.safetensors").read_bytes()
 
 
-def read_log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+
+
+def write_pairs(folder, pairs, tokenizer, prefixes):
+    """A source of (query, document)."""
+    rows = ({"query": query, "document": document} for query, document in pairs)
+    prepare.write_source(folder, rows, prefixes, tokenizer)
 
 
 def losses_of(out):
-    return [line["loss"] for line in read_log(out) if "loss" in line]
+    return [line["loss"] for line in read_jsonl(out / "log.jsonl") if "loss" in line]
 
 
 def log_lines(out):
@@ -116,6 +127,22 @@ def wait_for_lines(out, count, is_running):
     while log_lines(out) < count:
         assert is_running() and time.monotonic() < until
         time.sleep(0.002)
+
+
+def start_group(world, work, *arguments):
+    """Calls work(rank, world, *arguments) in so many processes, and waits for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (world, port, work, *arguments)
+    multiprocessing.start_processes(join_group, arguments, world, start_method="fork")
+
+
+def join_group(rank, world, port, work, *arguments):
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    work(rank, world, *arguments)
 
 
 class LargestTensor(TorchDispatchMode):
