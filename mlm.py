@@ -52,7 +52,7 @@ class Config:
     batch_size: int = 16  # sequences in a step, over all processes [1, 1e6]
     micro_batch_tokens: int = 4096  # tokens in one pass through the model: what fits a CPU's cache
 
-    steps: int = 500  # optimizer steps; 16,000 before embeddings get better by it (docs/results.md)
+    steps: int = 500  # optimizer steps; 8,000 before embeddings get better by it (docs/results.md)
     lr: float = 2e-3  # peak of the learning rate; small models need a larger one [0, 1000]
     warmup: int = 30  # steps in which the rate rises [0, 1e9]
     decay: str = "linear"  # of the rate after that [code] [linear, sqrt]

@@ -60,7 +60,7 @@ LADDER = [
 LONG, WEAK, BEST = "8000 steps of stage 1", "then stage 2", "then stage 3"
 FRESH = "--num-hidden-layers=2 --lr=1e-3"
 FEW = "--pairs=3000 --batch-size=256 --steps=80 --warmup=8"
-TUNED = f"--pairs=1000 --batch-size=256 --steps=40 --warmup=4 --lr=3e-4 {EASY}"
+TUNED = f"--pairs=3000 --batch-size=256 --steps=40 --warmup=4 --lr=3e-4 {EASY}"
 LESSON = [
     Row(LONG, "mlm", options="--steps=8000 --warmup=480 --save-every=1000", once=True),
     Row(WEAK, "contrastive", LONG, f"{FEW} --lr=3e-4", against=LONG),
