@@ -56,7 +56,7 @@ LADDER = [
     Row("stage 3 without stage 2", "finetune", "", f"{EASY} --lr=3e-3", against=THREE),
 ]
 
-# The paper's order and proportion: a long stage 1, weak pairs, few supervised ones. Two layers.
+# The paper's order: a long stage 1, then weak pairs, then supervised ones. Two layers.
 LONG, WEAK, BEST = "8000 steps of stage 1", "then stage 2", "then stage 3"
 FRESH = "--num-hidden-layers=2 --lr=1e-3"
 FEW = "--pairs=3000 --batch-size=256 --steps=80 --warmup=8"

@@ -56,9 +56,8 @@ def records(commands, options):
     for seed in seeds:
         seconds, out = train(commands, options, seed)
         model = NomicBert.from_pretrained(out, device=best_device())
-        rankings = [task.rank(model, model.config.trained_length) for task in tasks]
-        scores = [t.scores(r)["nDCG@10"] for t, r in zip(tasks, rankings, strict=True)]
-        scores = [np.mean(of_task) for of_task in scores]
+        length = model.config.trained_length
+        scores = [np.mean(t.scores(t.rank(model, length))["nDCG@10"]) for t in tasks]
         rows.append((seconds, *scores, np.mean(scores)))
         yield str(seed), f"{seconds:,.0f}", *(f"{score:.3f}" for score in rows[-1][1:])
     seconds, *scores = np.mean(rows, axis=0)
