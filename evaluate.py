@@ -1,6 +1,6 @@
 """How good is it? Retrieval, texts beyond the trained length; and a search, to try it by hand.
 
-    python evaluate.py                        # the ladder: BM25, random weights, each stage's model
+    python evaluate.py                        # the ladder: BM25, and the model of each stage
     python evaluate.py search "how do I read a csv file"     # the ten best; no query: a prompt
     python evaluate.py long                   # beyond the trained length, four ways to scale RoPE
     python evaluate.py plot                   # learning curves, ladder, length curves as PNG
@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -58,36 +57,28 @@ class Options:
 
 
 def trained_stages(out):
-    """The runs of MODELS that OUT has models of."""
-    return [stage for stage in MODELS if Path(out, stage, "model.safetensors").is_file()]
-
-
-def last_stage(out):
-    """The directory of the last stage that was trained."""
-    if not trained_stages(out):
+    """The runs of MODELS that OUT has models of. Raises InputError where there are none."""
+    trained = [stage for stage in MODELS if Path(out, stage, "model.safetensors").is_file()]
+    if not trained:
         raise InputError(f"nothing was trained in {out}: run make demo, or give another --out")
-    return Path(out, trained_stages(out)[-1])
+    return trained
 
 
 def chosen_model(options):
     """(model, its directory, the length that texts are truncated to)."""
-    directory = find_checkpoint(options.model) if options.model else last_stage(options.out)
-    factor = options.rope_factor or None
+    last = options.model or Path(options.out, trained_stages(options.out)[-1])
+    directory, factor = find_checkpoint(last), options.rope_factor or None
     model = NomicBert.from_pretrained(directory, rope_factor=factor, device=best_device())
     return model, directory, options.max_tokens or model.config.trained_length
 
 
 def models_of(options):
-    """(name of the row, model) of random weights in the shape of the last model in OUT, and of each
-    run of MODELS that is there; of stage 1, which cannot search yet, only where it is alone."""
-    last = NomicBert.from_pretrained(last_stage(options.out), device=best_device())
-    torch.manual_seed(0)
-    untrained = NomicBert(last.config).to(last.device)
-    untrained.tokenizer, untrained.dtype = last.tokenizer, last.dtype
-    yield "random weights", untrained
-    trained = trained_stages(options.out)
+    """(name of its row, model) of each run of MODELS that OUT has; of stage 1, which cannot search
+    yet, only where it is alone."""
+    trained, device = trained_stages(options.out), best_device()
     for stage in [stage for stage in trained if stage != "mlm"] or trained:
-        yield MODELS[stage], NomicBert.from_pretrained(f"{options.out}/{stage}", device=last.device)
+        model = NomicBert.from_pretrained(f"{options.out}/{stage}", device=device)
+        yield MODELS[stage], model
 
 
 def save_results(out, key, value):
@@ -129,9 +120,9 @@ def compare(task, models, options):
 
 
 def ladder(options):
-    """BM25, random weights and the model after each stage on the same held-out queries."""
-    tasks = Retrieval.open_all(options.data, options.split)
-    rows = {task.name: compare(task, models_of(options), options) for task in tasks}
+    """BM25 and the model after each stage on the same held-out queries."""
+    tasks, models = Retrieval.open_all(options.data, options.split), [*models_of(options)]
+    rows = {task.name: compare(task, models, options) for task in tasks}
     save_results(options.out, "ladder", rows)
 
 
@@ -146,8 +137,8 @@ def scalings(times):
     }
 
 
-def long(options, times=(1, 2, 4, 8, 16), windows=30):
-    """Masked accuracy after stage 1 (or of --model, with an MLM head) at 1, 2, ... 16 times the
+def long(options, times=(1, 2, 4, 8), windows=40):
+    """Masked accuracy after stage 1 (or of --model, with an MLM head) at 1, 2, 4 and 8 times the
     trained length, or as far as --max-tokens: the same masks in the same text, which is read in
     pieces of each length."""
     where = options.model or f"{options.out}/mlm"
