@@ -58,14 +58,14 @@ LADDER = [
 
 # The paper's order: a long stage 1, then weak pairs, then supervised ones. Two layers.
 LONG, WEAK, BEST = "8000 steps of stage 1", "then stage 2", "then stage 3"
-FRESH = "--num-hidden-layers=2 --lr=1e-3"
+DEEP = "--num-hidden-layers=2"
 FEW = "--pairs=3000 --batch-size=256 --steps=80 --warmup=8"
 TUNED = f"--pairs=3000 --batch-size=256 --steps=40 --warmup=4 --lr=3e-4 {EASY}"
 LESSON = [
     Row(LONG, "mlm", options="--steps=8000 --warmup=480 --save-every=1000", once=True),
     Row(WEAK, "contrastive", LONG, f"{FEW} --lr=3e-4", against=LONG),
     Row(BEST, "finetune", WEAK, TUNED, against=WEAK),
-    Row("stage 2 without stage 1", "contrastive", "", f"{FEW} {FRESH}", against=WEAK),
+    Row("stage 2 without stage 1", "contrastive", "", f"{FEW} {DEEP} --lr=1e-3", against=WEAK),
     Row("stage 3 without stage 1", "finetune", "stage 2 without stage 1", TUNED, against=BEST),
     Row("stage 3 after stage 1 without 2", "finetune", LONG, TUNED, against=BEST),
     Row("stage 3 with four hard negatives", "finetune", WEAK, f"{TUNED} --negatives=4",
@@ -74,38 +74,26 @@ LESSON = [
         "--steps=160 --warmup=16", against="stage 2 without stage 1"),
 ]  # fmt: skip
 
-SIZES = {  # pairs of stage 2 -> how they are trained on: 12 epochs, but 40 to 200 steps
-    500: "--batch-size=256 --steps=40 --warmup=4",
-    1500: "--batch-size=256 --steps=70 --warmup=7",
-    15_000: "--batch-size=256 --steps=200 --warmup=20",
-    131_000: "--batch-size=512 --steps=200 --warmup=20",
+# What stage 1 is worth: stage 2 of two layers on more and more pairs, from random weights and after
+# the lesson's stage 1. With 3,000 pairs these are rows of the lesson.
+SIZES = {  # pairs -> how they are trained on, learning rate from random weights
+    500: ("--batch-size=256 --steps=40 --warmup=4", "3e-4"),
+    15_000: ("--batch-size=256 --steps=200 --warmup=20", "1e-3"),
+    131_000: ("--batch-size=512 --steps=200 --warmup=20", "3e-3"),
 }
-RATES = {  # steps of stage 1 -> learning rate of stage 2 for each of SIZES: the best ones on dev
-    0: ("3e-4", "1e-3", "1e-3", "3e-3"),
-    1600: ("3e-4", "1e-3", "1e-3", "2e-3"),
-    4800: ("1e-3", "3e-4", "3e-4", "1e-3"),
-    16_000: ("1e-3", "1e-3", "3e-4", "3e-4"),  # the first one was not tried
-}
+CURVE = {3000: ("stage 2 without stage 1", WEAK)}  # pairs -> names of both rows
+CURVE |= {pairs: (f"{pairs} pairs", f"{pairs} pairs after stage 1") for pairs in SIZES}
 
 
-def point(pairs, steps):
-    """The name of a row of the curve."""
-    return f"{pairs} pairs after {steps} steps" if steps else f"{pairs} pairs from random weights"
+def curve_rows():
+    """The rows of the curve that are not the lesson's."""
+    for pairs, (how, rate) in SIZES.items():
+        (fresh, after), options = CURVE[pairs], f"--pairs={pairs} {how}"
+        yield Row(fresh, "contrastive", options=f"{options} {DEEP} --lr={rate}")
+        yield Row(after, "contrastive", LONG, f"{options} --lr=3e-4", against=fresh)
 
 
-def curve_rows(layers="--num-hidden-layers=2"):
-    """Stage 2 on more and more pairs, from random weights and after longer and longer stages 1."""
-    for steps, rates in RATES.items():
-        start = f"{steps} steps of stage 1" if steps else ""
-        if steps:
-            yield Row(start, "mlm", options=f"{layers} --steps={steps} --warmup={steps // 16}")
-        for (pairs, how), rate in zip(SIZES.items(), rates, strict=True):
-            options = f"{layers} --pairs={pairs} {how} --lr={rate}"
-            against = point(pairs, 0) if steps else ""
-            yield Row(point(pairs, steps), "contrastive", start, options, against)
-
-
-TABLES = {"ladder": LADDER, "lesson": LESSON, "curve": [*curve_rows()]}
+TABLES = {"ladder": LADDER, "lesson": LESSON, "curve": [LESSON[1], LESSON[3], *curve_rows()]}
 ROWS = {row.name: row for rows in TABLES.values() for row in rows}
 
 
@@ -186,18 +174,17 @@ def table_of(results, tasks):
 
 
 def draw_curve(results, tasks):
-    """Scores against the number of pairs, a line for each length of stage 1."""
+    """Scores against the number of pairs, from random weights and after stage 1."""
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.4), squeeze=False)
+    sizes = sorted(pairs for pairs in CURVE if set(CURVE[pairs]) <= set(results))
     for axis, task in zip(axes[0], tasks, strict=True):
-        for steps in RATES:
-            sizes = [pairs for pairs in SIZES if point(pairs, steps) in results]
-            scores = [mean_score(results[point(pairs, steps)], task) for pairs in sizes]
+        for line, label in enumerate(("random weights", f"after {LONG}")):
+            scores = [mean_score(results[CURVE[pairs][line]], task) for pairs in sizes]
             mean, error = ([score[key] for score in scores] for key in ("mean", "error"))
-            label = f"after {steps:,} steps of stage 1" if steps else "random weights"
             axis.errorbar(sizes, mean, error, label=label, marker="o", ms=3, capsize=2)
         axis.set(title=task.replace("-", " → "), ylabel="nDCG@10, held-out modules", ylim=(0, None))
         axis.set(xscale="log", xlabel="pairs of stage 2")
-        axis.set_xticks([*SIZES], [f"{pairs:,}" for pairs in SIZES], fontsize=7)
+        axis.set_xticks(sizes, [f"{pairs:,}" for pairs in sizes], fontsize=7)
         axis.minorticks_off()
     axes[0][0].legend(fontsize=8)
     return figure

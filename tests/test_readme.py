@@ -26,7 +26,7 @@ SMALL = {  # script, or script and command -> options that make it small; the la
     "bench/record.py": f"--seeds=0 'contrastive.py --steps=3 --batch-size=8 {SHAPE}'",
     "bench/experiments.py": f"--rows=BM25 --seeds=0 --options='{SHAPE}'",
     "bench/experiments.py lesson": f"--rows='stage 2 w' --seeds=0 --options='{SHAPE} --steps=2'",
-    "bench/experiments.py curve": f"--rows='1500 pairs from' --options='{SHAPE} --steps=2'",
+    "bench/experiments.py curve": f"--rows='500 pairs' --options='{SHAPE} --steps=2'",
 }
 STAGES = ["mlm.py", "contrastive.py", "finetune.py --init=out/contrastive --negatives=0"]
 PREPARED = ["python data/pydocs.py", *(f"python {stage}" for stage in STAGES)]
