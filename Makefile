@@ -1,11 +1,13 @@
 # From a fresh clone: `make demo` trains a model and searches with it. `make own TEXT=folder` does the same with a folder
-# of Markdown or plain text added to the built-in data. `make lesson` shows in an afternoon what each stage of the paper
-# brings. `make lab` prepares the lab (lab/README.md); with OUT=folder-or-url it copies trained models instead of making
-# them. `make test` runs the tests. Each command may be repeated: finished data and training are not done again, and
-# interrupted training continues; scores and pictures are made anew. The README has the plain commands.
+# of Markdown or plain text, added to the built-in data; with ADD= on that text alone. `make lesson` shows in an
+# afternoon what each stage of the paper brings. `make lab` prepares the lab (lab/README.md); with OUT=folder-or-url it
+# copies trained models instead of making them. `make test` runs the tests. Each command may be repeated: finished data
+# and training are not done again, and interrupted training continues; scores and pictures are made anew. The README has
+# the plain commands.
 
 PYTHON ?= python3
 BIN := .venv/bin
+ADD ?= out/pydocs
 
 .PHONY: demo own lesson lab test
 
@@ -22,7 +24,7 @@ demo: .venv/installed
 own: .venv/installed
 	@test -d "$(TEXT)" || { echo "make own: name a folder of text: make own TEXT=notes"; exit 2; }
 	$(BIN)/python data/pydocs.py
-	$(BIN)/python data/folder.py "$(TEXT)" --add=out/pydocs --out=out/own/data --show=5
+	$(BIN)/python data/folder.py "$(TEXT)" --add=$(ADD) --out=out/own/data --show=5
 	$(BIN)/python contrastive.py --data=out/own/data --out=out/own/contrastive
 	$(BIN)/python finetune.py --data=out/own/data --init=out/own/contrastive --out=out/own/finetune --negatives=0
 	$(BIN)/python evaluate.py --data=out/own/data --out=out/own

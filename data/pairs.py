@@ -231,7 +231,7 @@ def make(sources, options, inputs):
             corpus |= dict.fromkeys(read_texts(path).values())
         rows = ({"_id": str(i), "text": text} for i, text in enumerate(corpus))
         write_jsonl(folder / "search" / "corpus.jsonl", rows)
-        prepare.print_unknown(folder)
+        prepare.check_unknown(folder, counts)
         meta = {"made_by": "nanoembed", "inputs": inputs, "rows": counts, "left out": left_out}
         meta["contamination"] = contamination(held_out, left_out)
         write_json(folder / "meta.json", meta)

@@ -273,7 +273,7 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, a
         print(f"  retrieval/{source:24} {len(corpus):8,} documents, {sizes}")
     leaks = contamination(held_out, left_out)
     print(f"  {leaks['removed']:,} training rows that repeat held-out text were left out")
-    print_unknown(folder)
+    check_unknown(folder, filter(counts.get, pairs) if add else counts)
     meta = {"made_by": "nanoembed", **meta, "rows": counts, "contamination": leaks}
     write_json(folder / "meta.json", meta)
 
@@ -291,14 +291,19 @@ def weigh(folder, own, rows):
                 write_json(path, {**read_json(path), "weight": weight})
 
 
-def print_unknown(folder):
-    """Prints the share of [UNK], which a model can learn nothing from, in all training text."""
-    metas = [read_json(path) for path in sorted(folder.glob("stage*/*/meta.json"))]
+def check_unknown(folder, sources):
+    """Prints the share of [UNK], which a model can learn nothing from, in sources of a data folder.
+    Raises InputError where it is above 30%."""
+    metas = [read_json(folder / name / "meta.json") for name in sources]
     tokens = sum(sum(meta["tokens"].values()) for meta in metas)
     share = sum(meta["unknown"] for meta in metas) / max(1, tokens)
     print(f"  {share:.1%} of {tokens:,} tokens are [UNK]")
     if share > 0.05:
-        print("  warning: the tokenizer does not know this text; give another one by --tokenizer=")
+        reason = f"the tokenizer does not know {share:.0%} of this text"
+        advice = "leave out --add (make own: ADD=) and --tokenizer, or give another one"
+        if share > 0.3:
+            raise InputError(f"{reason}: {advice}")
+        print(f"  warning: {reason}: {advice}")
 
 
 def show_pairs(folder, count, added=None):

@@ -231,7 +231,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_other_scripts_are_read_and_unknown_text_is_a_warning(script, notes, tmp_path, capsys):
+def test_other_scripts_are_read_and_unknown_text_is_refused(script, notes, tmp_path, capsys):
     separator, units = SCRIPTS[script]
     rng = np.random.default_rng(0)
     (tmp_path / "notes").mkdir()
@@ -243,8 +243,10 @@ def test_other_scripts_are_read_and_unknown_text_is_a_warning(script, notes, tmp
     printed = capsys.readouterr().out
     assert meta["rows"]["stage3/heading-section"] > 20 and "warning" not in printed
     assert float(re.search(r"([\d.]+)% of [\d,]+ tokens are \[UNK\]", printed)[1]) < 5
-    prepare_folder(tmp_path / "notes", tmp_path / "english", f"--tokenizer={notes}/out")
-    assert "the tokenizer does not know this text" in capsys.readouterr().out
+    for option in (f"--tokenizer={notes}/out", f"--add={notes}/out"):
+        with refused("the tokenizer does not know .*% of this text: leave out --add"):
+            prepare_folder(tmp_path / "notes", tmp_path / "english", option)
+    assert not (tmp_path / "english").exists()
 
 
 def test_what_is_added_is_there_token_for_token_without_what_is_held_out(notes, tmp_path):
