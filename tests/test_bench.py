@@ -120,9 +120,9 @@ def test_a_command_that_does_not_exist_is_answered_in_a_line(main, arguments, me
 
 
 def test_a_record_is_the_core_seconds_and_dev_scores_of_ones_own_commands(data, tmp_path, capsys):
-    small = "--hidden-size=64 --num-attention-heads=1 --batch-size=4 --steps=2"
-    commands = [f"contrastive.py {small}", "finetune.py --init=OUT/contrastive --batch-size=4 "
-                "--steps=2 --negatives=0"]  # fmt: skip
+    small = "--batch-size=4 --steps=1 --eval-every=0"
+    commands = [f"contrastive.py --hidden-size=64 --num-attention-heads=1 {small}"]
+    commands += [f"finetune.py --init=OUT/contrastive --negatives=0 {small}"]
     options = [f"--data={data}", f"--out={tmp_path}/out", "--seeds=0,1"]
     record.main([*commands, *options])
     head, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
