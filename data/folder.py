@@ -235,6 +235,8 @@ def main(arguments):
     if len(folders) != 1:
         raise InputError(f"{len(folders)} folders given: python data/folder.py PATH")
     folder, add = folders[0], options.add
+    if add and options.tokenizer:
+        raise InputError("--add brings its tokenizer: leave out --tokenizer, or --add")
     out = Path(options.out or Path("out", Path(folder).resolve().name))
     origin = find_checkpoint(options.tokenizer) if options.tokenizer else add
     tokenizer = load_tokenizer(origin) if origin else None

@@ -264,6 +264,8 @@ def test_what_is_added_is_there_token_for_token_without_what_is_held_out(notes, 
     assert kept < rows and 0 < len(before) - len(after) <= 8
     assert not any(leaked[:60] in text for text in training_text(tmp_path / "out"))
     assert meta["contamination"]["sources"]["stage2/heading-section-added"]
+    with refused("--add brings its tokenizer"):
+        folder.main([str(notes), f"--add={tmp_path}/added", f"--tokenizer={tmp_path}/added"])
 
 
 def test_which_files_are_read(tmp_path, capsys):
