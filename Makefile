@@ -23,8 +23,8 @@ demo: .venv/installed
 
 own: .venv/installed
 	@test -d "$(TEXT)" || { echo "make own: name a folder of text: make own TEXT=notes"; exit 2; }
-	$(if $(ADD),$(BIN)/python data/pydocs.py)
-	$(BIN)/python data/folder.py "$(TEXT)" --add=$(ADD) --out=out/own/data --show=5
+	$(if $(filter out/pydocs,$(ADD)),$(BIN)/python data/pydocs.py)
+	$(BIN)/python data/folder.py "$(TEXT)" "--add=$(ADD)" --out=out/own/data --show=5
 	$(BIN)/python contrastive.py --data=out/own/data --out=out/own/contrastive
 	$(BIN)/python finetune.py --data=out/own/data --init=out/own/contrastive --out=out/own/finetune --negatives=0
 	$(BIN)/python evaluate.py --data=out/own/data --out=out/own

@@ -109,5 +109,5 @@ def draw_length(results):
     axis.set_xticks(lengths, [str(length) for length in lengths])
     axis.set(title="masked tokens predicted, held-out text", ylim=(0, None))
     axis.set_xlabel("length of a text, in tokens")
-    axis.legend()
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 0.08))
     return figure
