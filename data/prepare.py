@@ -273,7 +273,7 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, a
         print(f"  retrieval/{source:24} {len(corpus):8,} documents, {sizes}")
     leaks = contamination(held_out, left_out)
     print(f"  {leaks['removed']:,} training rows that repeat held-out text were left out")
-    check_unknown(folder, filter(counts.get, pairs) if add else counts)
+    check_unknown(folder, [name for name in counts if not add or name in pairs])
     meta = {"made_by": "nanoembed", **meta, "rows": counts, "contamination": leaks}
     write_json(folder / "meta.json", meta)
 

@@ -71,8 +71,8 @@ def few_pairs(options, folder):
 
 def stage_2(options, folder):
     """nDCG@10 after 20 steps of stage 3, with stage 2 before minus without"""
-    steps, before = ["--steps=20", "--batch-size=256"], f"{options.out}/contrastive"
-    steps += ["--negatives=0"]  # to mine takes longer than to train
+    before = f"{options.out}/contrastive"
+    steps = ("--steps=20", "--batch-size=256", "--negatives=0")  # mining would take longer
     after, random = (*steps, f"--init={before}"), (*steps, *shape_of(before))
     return train_each(finetune, options, folder, after, random)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tiny import cases, read_jsonl, refused
 
-from common.files import fingerprint, load_tokenizer, read_json
-from data import folder
+from common.files import fingerprint, load_tokenizer, read_json, write_json
+from data import folder, prepare
 from data.batches import PairBatches
 from data.duplicates import words
 from data.markup import read_markup
@@ -247,6 +247,14 @@ def test_other_scripts_are_read_and_unknown_text_is_refused(script, notes, tmp_p
         with refused("the tokenizer does not know .*% of this text: leave out --add"):
             prepare_folder(tmp_path / "notes", tmp_path / "english", option)
     assert not (tmp_path / "english").exists()
+
+
+@cases("unknown, said", (5, ""), (6, "warning: the tokenizer does not know 6%"), (30, "warning"))
+def test_some_unknown_text_is_a_warning(unknown, said, tmp_path, capsys):
+    write_json(tmp_path / "x/meta.json", {"tokens": {"document": 100}, "unknown": unknown})
+    prepare.check_unknown(tmp_path, ["x"])
+    printed = capsys.readouterr().out
+    assert said in printed and ("warning" in printed) == bool(said)
 
 
 def test_what_is_added_is_there_token_for_token_without_what_is_held_out(notes, tmp_path):
