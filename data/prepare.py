@@ -12,7 +12,6 @@ import tempfile
 import time
 from array import array
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -240,31 +239,27 @@ def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, a
     rows = [{"_id": name, "text": text} for split in texts.values() for name, text in split]
     write_jsonl(folder / "search" / "corpus.jsonl", rows)
 
-    held_out = HeldOut(held_out_texts((folder / "retrieval").iterdir()), tokenizer)
-    jobs, copies = {}, {}  # name of a source -> the arguments of write_source, or its equal
+    tasks_written = (folder / "retrieval").iterdir()
+    held_out, counts, left_out = HeldOut(held_out_texts(tasks_written), tokenizer), {}, {}
+
+    def write(name, *source):
+        counts[name], left_out[name] = write_source(folder / name, *source)
+
     for split, named in {**texts, "long": [("", text) for text in long]}.items():
         name, rows = f"stage1/{split}", ({"document": text} for _, text in named)
         stored = [add / name] if add and split == "train" else []
-        jobs[name] = rows, {}, tokenizer, held_out if split == "train" else None, stored
+        write(name, rows, {}, tokenizer, held_out if split == "train" else None, stored)
     for name, own in pairs.items():
-        rows = ({"query": query, "document": document} for query, document in own)
-        if equal := next((other for other in jobs if pairs.get(other) is own), None):
-            copies[name] = equal
+        if equal := next((other for other in counts if pairs.get(other) is own), None):
+            shutil.copytree(folder / equal, folder / name)  # tokenising takes longer
+            counts[name], left_out[name] = counts[equal], left_out[equal]
         elif own:
-            jobs[name] = rows, prefixes[Path(name).name], tokenizer, held_out
+            rows = ({"query": query, "document": document} for query, document in own)
+            write(name, rows, prefixes[Path(name).name], tokenizer, held_out)
     for path in sorted(add.glob("stage[23]/*")) if add else ():
         name = f"{path.parent.name}/{path.name}-{add.name}"
-        their_prefixes = read_json(path / "meta.json")["prefixes"]
-        jobs[name] = (), their_prefixes, tokenizer, held_out, [path]
+        write(name, (), read_json(path / "meta.json")["prefixes"], tokenizer, held_out, [path])
 
-    with ThreadPoolExecutor(2) as pool:  # one tokenises while the other compares and writes
-        written = pool.map(lambda name: write_source(folder / name, *jobs[name]), jobs)
-        written = dict(zip(jobs, written, strict=True))
-    for name, equal in copies.items():
-        shutil.copytree(folder / equal, folder / name)
-        written[name] = written[equal]
-    counts = {name: rows for name, (rows, _) in written.items()}
-    left_out = {name: reasons for name, (_, reasons) in written.items()}
     weigh(folder, pairs, counts)
     for name, count in counts.items():
         print(f"  {name:34} {count:8,} {'texts' if name.startswith('stage1') else 'pairs'}")
