@@ -1,9 +1,9 @@
 # From a fresh clone: `make demo` trains a model and searches with it. `make own TEXT=folder` does the same with a folder
 # of Markdown or plain text, added to the built-in data; with ADD= on that text alone. `make lesson` shows in an
-# afternoon what each stage of the paper brings. `make lab` prepares the lab (lab/README.md); with OUT=folder-or-url it
-# copies trained models instead of making them. `make test` runs the tests. Each command may be repeated: finished data
-# and training are not done again, and interrupted training continues; scores and pictures are made anew. The README has
-# the plain commands.
+# afternoon what each stage of the paper brings. `make lab` prepares the lab (lab/README.md), with the models of the demo,
+# which it trains where there are none. `make test` runs the tests. Each command may be repeated: finished data and
+# training are not done again, and interrupted training continues; scores and pictures are made anew. The README has the
+# plain commands.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -36,9 +36,9 @@ lesson: .venv/installed
 	$(BIN)/python evaluate.py long --model=out/experiments/0/8000-steps-of-stage-1 --out=out/experiments
 	$(BIN)/python evaluate.py plot --out=out/experiments
 
-lab: $(if $(OUT),.venv/installed,demo)
+lab: $(if $(wildcard out/finetune/model.safetensors),.venv/installed,demo)
 	$(BIN)/python -m pip install --quiet $$(grep '^pytest==' requirements-dev.txt)
-	$(BIN)/python lab/lab.py start $(if $(OUT),--prepared="$(OUT)")
+	$(BIN)/python lab/lab.py start
 	$(BIN)/python lab/lab.py status
 
 test: .venv/installed-for-tests

@@ -208,10 +208,8 @@ def train(folder, options, config):
     documents = pieces_of_text(options.data, tokenizer, mix, rng)
     queries = pieces_of_text(options.data, tokenizer, rng.integers(6, 21, options.texts), rng)
     texts = [*queries, *documents]
-    tokens, steps = (
-        sum(map(len, texts)),
-        {"ours": our_step(folder, texts, config.micro_batch_tokens)},
-    )
+    tokens = sum(map(len, texts))
+    steps = {"ours": our_step(folder, texts, config.micro_batch_tokens)}
     for size in whole_numbers("--tries", options.tries):
         steps[f"theirs, {size} texts"] = their_step(folder, texts, size)
     title = f"{options.texts:,} pairs, {tokens:,} tokens"

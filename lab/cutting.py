@@ -48,8 +48,8 @@ def written(exercise, work):
     if not path.is_file():
         return "", "not begun"
     try:
-        if path.stat().st_size > 20_000:
-            raise ValueError("more than 20,000 bytes: leave only the function in it")
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"more than {LARGEST:,} bytes: leave only the function in it")
         function = cut(path.read_text(encoding="utf-8-sig"), exercise.function.split(".")[-1])
         node = ast.parse(function).body[0]
     except (SyntaxError, ValueError, OSError, RecursionError, MemoryError) as error:

@@ -19,14 +19,12 @@ import csv
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.request import urlretrieve
 from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,7 +42,6 @@ class Options:
     work: str = "lab/work"  # where the student's files are
     out: str = "out"  # the checkpoints of the demo, for experiments
     data: str = "out/pydocs"  # the data folder of run and of experiments
-    prepared: str = ""  # of start: what to copy to OUT, a folder or the path or URL of a .tar.gz
     predict: float = None  # of experiment: the difference that you expect [-1, 1]
     seed: int = 0  # of experiment [0, 1e9]
     verbose: bool = False  # of check: all that pytest prints
@@ -106,30 +103,7 @@ def feedback(exercise, test, traceback):
     return f"not yet: {claim}\n    {where}{reason}"
 
 
-def fetch(source, out):
-    """Copies a prepared OUT from a folder, or from the path or URL of a .tar.gz. One that is there
-    is left as it is."""
-    if Path(out).exists():
-        return print(f"{out} exists and stays as it is")
-    with tempfile.TemporaryDirectory(dir=Path(out).absolute().parent) as folder:
-        try:
-            if "://" in source:
-                source, _ = urlretrieve(source, f"{folder}/prepared.tar.gz")
-            if Path(source).is_dir():
-                shutil.copytree(source, f"{folder}/out")
-            else:
-                shutil.unpack_archive(source, f"{folder}/out", "gztar", filter="data")
-            data = next(Path(folder).glob("**/pydocs"))
-        except Exception as error:  # urllib, tarfile and zlib each raise errors of their own
-            hint = "give the folder out/ of make demo, or a .tar.gz of it"
-            reason = str(error) or "it has no pydocs/"
-            raise InputError(f"--prepared={source}: {hint} ({reason})") from None
-        shutil.move(data.parent, out)
-
-
 def start(options):
-    if options.prepared:
-        fetch(options.prepared, options.out)
     for exercise in EXERCISES:
         path = Path(options.work, f"{exercise.name}.py")
         if not path.exists():

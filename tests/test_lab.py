@@ -243,20 +243,6 @@ def test_a_class_is_graded_by_its_functions_alone(work, tmp_path, monkeypatch):
     assert rows[0]["predictions"] == "rope=+0.100" and float(rows[0]["seconds"]) >= 0
 
 
-def test_a_prepared_out_is_copied_and_one_that_is_there_stays(work, tmp_path):
-    (tmp_path / "made" / "out" / "pydocs").mkdir(parents=True)
-    archive = shutil.make_archive(tmp_path / "made", "gztar", tmp_path / "made")
-    for number, source in enumerate((f"{tmp_path}/made/out", archive, f"file://{archive}")):
-        words = ("start", f"--prepared={source}", f"--out={tmp_path}/{number}")
-        assert "stays as it is" not in work(*words) and "stays as it is" in work(*words)
-        assert [path.name for path in (tmp_path / str(number)).iterdir()] == ["pydocs"]
-    (tmp_path / "cut.tar.gz").write_bytes(Path(archive).read_bytes()[:60])
-    for source in (tmp_path / "cut.tar.gz", work.path):
-        with refused(f"--prepared={source}: give the folder"):
-            work("start", f"--prepared={source}", f"--out={tmp_path}/new")
-        assert not (tmp_path / "new").exists()
-
-
 def test_there_is_a_slide_for_each_part_and_what_slides_name_exists():
     text, guide = ((ROOT / f"lab/{n}.md").read_text("utf-8") for n in ("slides", "INSTRUCTOR"))
     assert len(text.split("\n---\n")) == len(re.findall(r"^\| \d+-\d+ \|", guide, re.M))
