@@ -62,7 +62,6 @@ class Config:
 
     pairs: int = 0  # train on so many pairs only, the same share of each source; 0: all [0, 1e12]
     batch_size: int = 512  # pairs in a step, over all processes: the documents to choose from
-    weights: str = ""  # faq=2,halves=0.5: repeats of a source in an epoch; empty: as the data says
     query_tokens: int = 48  # queries are truncated to this length [3, 1e6]
     document_tokens: int = 64  # documents are truncated to this length [3, 1e6]
     temperature: float = 0.02  # divides the cosines: a logit scale of 50, fixed [code] [0.001, 100]
@@ -269,7 +268,7 @@ def main(arguments):
 
     model = first_model(config, origin, device)
     sources = store.open_sources(f"{config.data}/stage2", model.tokenizer)
-    batches = PairBatches(sources, config.batch_size, config.seed, config.weights, config.pairs)
+    batches = PairBatches(sources, config.batch_size, config.seed, config.pairs)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
     betas, eps = (0.9, 0.999), 1e-8
     optimizer = adamw(model, config.lr, config.weight_decay, betas, eps)

@@ -217,7 +217,7 @@ def main(arguments):
 
     model = first_model(config, origin, device)
     sources = store.open_sources(f"{config.data}/stage3", model.tokenizer)
-    batches = PairBatches(sources, config.batch_size, config.seed, config.weights, config.pairs)
+    batches = PairBatches(sources, config.batch_size, config.seed, config.pairs)
     dev = Retrieval.open_all(config.data, "dev", pool=1000, queries=200)
     mined = mine(model, sources, config) if config.negatives else {}
     betas, eps = (0.9, 0.999), 1e-8
