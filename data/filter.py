@@ -10,16 +10,17 @@ its query, among up to a million documents of the same source. So
 
     python data/filter.py out/pydocs --judge=out/contrastive                  # all of stage 2
     python data/filter.py out/pydocs --sources=name-code --out=out/cleaner    # one source
-    torchrun --nproc-per-node=8 data/filter.py DATA --judge=st:thenlper/gte-base   # the paper's one
+    torchrun --nproc-per-node=8 data/filter.py DATA --judge=nomic-ai/nomic-embed-text-v1.5
     python contrastive.py --data=out/pydocs-filtered --init=out/mlm           # trains on the result
 
 The rank decides, not the cosine: the paper gave up a threshold. The paper's first judge, smaller,
 removed good pairs whose two sides share few words. So some of the removed pairs are printed. Equal
 documents count as one: otherwise a document of ten rows would push itself out of the first two.
 
-st:NAME is any model that sentence-transformers opens; it gets the texts without prefixes. Processes
-share the work, and their number does not change the result. Each has one block in memory: 6 GB of
-embeddings for a million pairs at C = 768. A smaller --block needs less, and removes fewer pairs.
+The judge is any checkpoint that this project opens; the paper's, gte-base, is another kind of BERT.
+Processes share the work, and their number does not change the result. Each has one block in memory:
+6 GB of embeddings for a million pairs at C = 768. A smaller --block needs less, and removes fewer
+pairs.
 """
 
 import itertools
@@ -46,7 +47,7 @@ from model import NomicBert
 
 @dataclass
 class Options:
-    judge: str = "out/contrastive"  # a checkpoint directory, a name on the hub, or st:NAME
+    judge: str = "out/contrastive"  # a checkpoint directory, or a name on the hub
     out: str = ""  # the data folder to write; default: the one that is read, with -filtered behind
     sources: str = ""  # sources of stage 2 to filter, separated by commas; default: all
     top: int = 2  # a pair stays if its document is among this many nearest to its query [code]
@@ -120,15 +121,6 @@ def show_removed(pairs, kept, nearest, count):
 
 def open_judge(options, device):
     """A function: texts, their prefix -> embeddings (n, E) float32 at unit length."""
-    if options.judge.startswith("st:"):
-        try:
-            from sentence_transformers import SentenceTransformer
-
-            judge = SentenceTransformer(options.judge[3:], device=str(device))
-        except Exception as error:  # of many types: not installed, no network, no such model
-            reason = str(error).split("\n")[0]
-            raise InputError(f"--judge={options.judge} does not open: {reason}") from None
-        return lambda texts, _: judge.encode(texts, normalize_embeddings=True)
     model = NomicBert.from_pretrained(options.judge, device=device)
     length = model.config.trained_length
     return lambda texts, prefix: model.encode([prefix + text for text in texts], length)
@@ -176,9 +168,8 @@ def main(arguments):
     how = {key: value for key, value in asdict(options).items() if key not in ("out", "show")}
     read = [data / "meta.json", *sorted(data.glob("stage[23]/*/pairs.jsonl"))]
     how["data"] = list(map(fingerprint, read))
-    if not options.judge.startswith("st:"):
-        files = weight_files(find_checkpoint(options.judge))
-        how["weights"] = " ".join(map(fingerprint, files))
+    files = weight_files(find_checkpoint(options.judge))
+    how["weights"] = " ".join(map(fingerprint, files))
     inputs = {**read_json(data / "meta.json").get("inputs", {}), "filtered": how}
     if distributed.call_everywhere(lambda: is_made(out, inputs)):
         return

@@ -132,7 +132,7 @@ def test_rows_that_stay_keep_their_tokens_and_all_else_is_copied(folder, judge):
 @cases(
     "options, message",
     (["--sources=mixed,nothing"], "--sources=nothing: .*has mixed, other"),
-    (["--judge=st:/nowhere"], "--judge=st:/nowhere does not open"),
+    (["--judge=nowhere"], "there is no checkpoint directory nowhere"),
     (["more"], "give one data folder"),
     (["--top=3", "--block=3"], "--top=3: in blocks of 3 pairs, all would stay"),
     (["--out=./data/more"], "--out=data/more is within .*data, which is read"),
@@ -171,13 +171,3 @@ def test_several_processes_keep_the_same_pairs(folder, judge):
         for data in (out, alone)
     )
     assert kept == expected and len(kept["mixed"]) >= 95
-
-
-def test_any_model_of_sentence_transformers_may_judge(folder, judge):
-    """Ours opens there; with prefixes of its own it is another judge, so the data has none."""
-    pairs = [row.values() for row in read_jsonl(folder / "stage2/mixed/pairs.jsonl")]
-    write_pairs(folder / "stage2/plain", pairs, load_tokenizer(folder), dict.fromkeys(PREFIXES, ""))
-    ours = run(folder, judge, "--sources=plain") / "stage2/plain/pairs.jsonl"
-    run(folder, f"st:{judge}", "--sources=plain", f"--out={folder}-st")
-    found = lines(folder.with_name("data-st") / "stage2/plain/pairs.jsonl")
-    assert found == lines(ours) and len(found) >= 95
