@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.store import encode
 from data.tasks import read_judgements, read_texts, splits_of
+from data.tokenizer import encode
 
 REASONS = "", "near held-out text", "equal to held-out text"  # why a training row is left out
 # scripts without spaces: Thai and Lao, Burmese, Khmer, Japanese and Chinese

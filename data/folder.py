@@ -37,6 +37,7 @@ from data import prepare
 from data.duplicates import NearDuplicates, words
 from data.markup import read_markup
 from data.prepare import LONGEST, SEARCH
+from data.tokenizer import train_tokenizer
 
 SUFFIXES = (".md", ".markdown", ".txt")
 SENTENCE_END = re.compile(r"(?<=[.!?।॥؟۔။])\s+|(?<=[。！？])")
@@ -223,7 +224,7 @@ def write(out, documents, tokenizer, meta, options):
             queries[splits[file]].append((query, [name]))
         earlier.add(query)
     training = [text for _, text in texts["train"]]
-    tokenizer = tokenizer or prepare.train_tokenizer(training, options.vocab_size)
+    tokenizer = tokenizer or train_tokenizer(training, options.vocab_size)
     tasks = {task: (corpus, queries)}
     add = Path(options.add) if options.add else None
     prepare.write_folder(out, tokenizer, PREFIXES, texts, pairs, tasks, long, meta, add)

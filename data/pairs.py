@@ -32,6 +32,7 @@ from common.options import InputError, cli, read_options, split_words
 from data import prepare
 from data.duplicates import HeldOut, contamination, held_out_texts
 from data.tasks import read_texts, write_jsonl, write_task
+from data.tokenizer import save_tokenizer, train_tokenizer
 
 SAMPLE = 10_000  # rows of a source that its retrieval task and the tokenizer are made from
 COLUMNS = ["query", "document", "negatives"]
@@ -209,8 +210,8 @@ def make(sources, options, inputs):
             training += [] if tokenizer else sample
             for split in texts:
                 texts[split] |= dict.fromkeys(documents[split])
-        tokenizer = tokenizer or prepare.train_tokenizer(training, options.vocab_size)
-        prepare.save_tokenizer(folder, tokenizer)
+        tokenizer = tokenizer or train_tokenizer(training, options.vocab_size)
+        save_tokenizer(folder, tokenizer)
         tasks = [*sorted(folder.glob("retrieval/*")), *filter(None, options.held_out.split(","))]
         held_out, counts, left_out = HeldOut(held_out_texts(tasks), tokenizer), {}, {}
         for source in sources:

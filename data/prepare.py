@@ -1,7 +1,7 @@
 """From texts to a data folder: what the scripts in data/ share once they have read their source.
 
-Held-out splits, the tokenizer, and writing the layout of data/store.py. data/duplicates.py has how
-copies and held-out text are found.
+Held-out splits, and writing the layout of data/store.py. data/tokenizer.py has the tokenizer,
+data/duplicates.py how copies and held-out text are found.
 """
 
 import hashlib
@@ -16,15 +16,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
-import tokenizers
-from tokenizers import Tokenizer
 
-from common.files import SPECIAL_TOKENS, fingerprint, read_json, write_json, write_whole
+from common.files import fingerprint, read_json, write_json
 from common.options import InputError
 from data.duplicates import REASONS, HeldOut, contamination, held_out_texts
 from data.prefixes import PREFIXES
-from data.store import Source, encode, id_type
+from data.store import Source
 from data.tasks import json_line, write_jsonl, write_task
+from data.tokenizer import encode, id_type, save_tokenizer
 
 SEARCH = {side: PREFIXES[side] for side in ("query", "document")}
 LONGEST = 1200  # characters of a query or document that are kept for training, some 300 tokens
@@ -41,46 +40,6 @@ def split_of(group, dev_percent=4, test_percent=6):
     if number < dev_percent:
         return "dev"
     return "test" if number < dev_percent + test_percent else "train"
-
-
-def train_tokenizer(texts, vocab_size):
-    """A WordPiece tokenizer like that of bert-base-uncased: lower case, no accents, [CLS] text
-    [SEP]. Equal texts give an equal tokenizer.
-
-    The library's trainer alone does not promise that: it numbers continuation pieces ("##a") in the
-    order in which its threads find them, and breaks ties by number. So those of one character are
-    passed as special tokens, which are numbered first. A second tokenizer gets the vocabulary."""
-    tokenizer = Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    counts = Counter()
-    for text in texts:
-        counts.update(text)
-    # characters that are rare, or beyond a quarter of the vocabulary, become [UNK]
-    least = min(50, max(2, counts.total() // 100_000))
-    common = [c for c, count in counts.most_common(vocab_size // 4) if count >= least]
-    frequent = "".join(dict.fromkeys([*common, *filter(str.isascii, counts)]))
-    alphabet = sorted(set(tokenizer.normalizer.normalize_str(frequent)) - {" "})
-    trainer = tokenizers.trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS + [f"##{c}" for c in alphabet],
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
-
-    trained = Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
-    trained.normalizer, trained.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
-    trained.decoder = tokenizers.decoders.WordPiece(prefix="##")
-    trained.add_special_tokens(SPECIAL_TOKENS)
-    trained.encode_special_tokens = True  # "[MASK]" in a text is text, as for load_tokenizer
-    ends = [(token, trained.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    trained.post_processor = tokenizers.processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=ends
-    )
-    return trained
 
 
 # ------------------------------------------------------------------------------------------------
@@ -220,10 +179,6 @@ def data_folder(out):
     except OSError as error:
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # the first one
         raise InputError(f"cannot write {out}: {reason}") from None
-
-
-def save_tokenizer(folder, tokenizer):
-    write_whole(folder / "tokenizer.json", lambda path: tokenizer.save(str(path)))
 
 
 def write_folder(folder, tokenizer, prefixes, texts, pairs, tasks, long, meta, add=None):

@@ -33,6 +33,7 @@ from data import prepare as shared
 from data.docstrings import package_root, read_packages
 from data.duplicates import NearDuplicates, runs_of, words
 from data.prepare import LONG, LONGEST, SEARCH, split_of
+from data.tokenizer import train_tokenizer
 
 NEEDED_BY_TORCH = "filelock fsspec jinja2 markupsafe mpmath networkx setuptools sympy triton"
 NEEDED_BY_TORCH += " typing_extensions"
@@ -202,7 +203,7 @@ def prepare(options):
             documents, pairs, tasks = assemble(entries, docstrings, core)
             training_text = [text for _, text in documents["train"]]
             training_text += [code for _, code in pairs["stage2/summary-code"]]
-            tokenizer = shared.train_tokenizer(training_text, options.vocab_size)
+            tokenizer = train_tokenizer(training_text, options.vocab_size)
             long, meta = long_documents(docstrings, core), {"inputs": inputs}
             shared.write_folder(folder, tokenizer, PREFIXES, documents, pairs, tasks, long, meta)
     if options.show:

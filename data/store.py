@@ -161,16 +161,6 @@ def permutation(n, *seed):
 # From texts and rows to what the model reads
 
 
-def id_type(tokenizer):
-    return np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
-
-
-def encode(tokenizer, texts):
-    """The token ids of each text: a list of arrays, as they are on disk."""
-    encodings = tokenizer.encode_batch_fast(list(texts))
-    return [np.array(encoding.ids, id_type(tokenizer)) for encoding in encodings]
-
-
 def pack(texts, device="cpu"):
     """A list of B id arrays -> tokens (N,) int64 on the device, one text after another without
     padding, and cu_seqlens (B + 1,) int32 on the CPU: where each text begins, and the last ends."""

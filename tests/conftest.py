@@ -19,7 +19,8 @@ if "HF_DATASETS_CACHE" not in os.environ:
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
 
 from common.files import load_tokenizer  # noqa: E402
-from data import prepare, pydocs  # noqa: E402
+from data import pydocs  # noqa: E402
+from data.tokenizer import train_tokenizer  # noqa: E402
 
 SENTENCES = (
     "Reads a file, line by line, and returns a list of its words.",
@@ -31,7 +32,7 @@ SENTENCES = (
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return prepare.train_tokenizer(SENTENCES * 20, vocab_size=300)
+    return train_tokenizer(SENTENCES * 20, vocab_size=300)
 
 
 @pytest.fixture(scope="session")

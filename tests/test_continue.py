@@ -19,9 +19,10 @@ import contrastive
 import evaluate
 import finetune
 from common.files import SPECIAL_TOKENS, fingerprint, load_tokenizer
-from data import folder, prepare
+from data import folder
 from data.prefixes import PREFIXES
 from data.tasks import read_task
+from data.tokenizer import train_tokenizer
 from model import NomicBert
 
 TOPICS = """rain: drops fall from grey clouds until everything gets wet
@@ -49,7 +50,7 @@ def published(tmp_path, monkeypatch):
         words = rng.sample(" ".join(TOPICS[topic] for topic in pair).split(), 15)
         texts.append(f"# Note {number}\n\n## {' and '.join(pair)}\n\n{' '.join(words)}\n")
         (tmp_path / "notes" / f"{number}.md").write_text(texts[-1])
-    tokenizer = prepare.train_tokenizer(texts, 800)
+    tokenizer = train_tokenizer(texts, 800)
     model = tiny_model(tokenizer, num_hidden_layers=1, trained_length=2048)
     model.save_pretrained(tmp_path / "published")
     v1(tmp_path / "published")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from tiny import cases, read_jsonl, refused
+from tokenizers import Tokenizer, pre_tokenizers
 
 from common.files import write_json
 from data import docstrings, prepare, pydocs
@@ -16,8 +17,9 @@ from data.batches import PairBatches
 from data.duplicates import HeldOut, NearDuplicates, held_out_texts
 from data.prepare import data_folder, split_of
 from data.sequences import Sequences
-from data.store import Source, encode, open_sources
+from data.store import Source, open_sources
 from data.tasks import read_task
+from data.tokenizer import encode, train_tokenizer
 
 PREFIXES = {"query": "", "document": ""}
 
@@ -107,6 +109,40 @@ def test_stored_texts_are_the_tokens_of_prefix_and_text(data, sources, data_toke
                 assert truncated.tolist() == [*ids[:11], *ids[11:][-1:]]
 
 
+UNITS = [
+    "a",
+    "read",
+    "Zé",
+    "e\u0301",
+    "\u0301",
+    "ẞ",
+    "İ",
+    "中",
+    "ไทย",
+    "हिन्दी",
+    "∑",
+    "😀",
+    "’",
+    "。",
+]
+UNITS += [*"\x00\x0b\x1c\x85\xa0\u200d\u3000\ufffd\t  _('.,-=^`~", "\r\n", "##a", "two words"]
+UNITS += ["[MASK]", "[CLS]", "[UNK]", "x" * 101]
+
+
+def test_texts_in_pieces_have_the_ids_that_the_library_gives_them_whole(data_tokenizer):
+    """Another tokenizer, which reads beyond blanks and marks, gets whole texts."""
+    rng = np.random.default_rng(0)
+    texts = ["", *("".join(rng.choice(UNITS, rng.integers(1, 30))) for _ in range(1000))]
+    others = [Tokenizer.from_str(data_tokenizer.to_str()) for _ in range(2)]
+    others[0].add_tokens(["two words", "(read"])
+    others[1].pre_tokenizer = pre_tokenizers.Metaspace()
+    for tokenizer in (data_tokenizer, *others):
+        tokenizer.encode_special_tokens = True
+        for _ in range(2):  # the second time all pieces are known
+            for text, ids in zip(texts, encode(tokenizer, texts), strict=True):
+                assert ids.dtype == np.uint16 and ids.tolist() == tokenizer.encode(text).ids, text
+
+
 def test_another_tokenizer_and_another_kind_of_folder_are_errors(data, tokenizer, tmp_path):
     with refused("another tokenizer"):
         Source(data / "stage1" / "train", tokenizer)
@@ -164,7 +200,7 @@ def test_near_duplicates_are_noticed_and_different_texts_are_not():
 @pytest.fixture(scope="module")
 def word_tokenizer():
     words = [a + b + c for a in "bdfg" for b in "aeio" for c in "klmn"]
-    return prepare.train_tokenizer(words * 9, vocab_size=300), words
+    return train_tokenizer(words * 9, vocab_size=300), words
 
 
 def test_near_duplicates_agree_with_runs_counted_by_hand(word_tokenizer):

@@ -8,6 +8,7 @@ from common.files import fingerprint, load_tokenizer, read_json, write_json
 from data import filter as filtering
 from data import prepare
 from data.store import Source
+from data.tokenizer import save_tokenizer, train_tokenizer
 
 WORDS = [a + b + c for a in "rst" for b in "aeio" for c in "nlmr"]
 
@@ -33,7 +34,7 @@ def folder(tmp_path):
     texts = [sentence(rng) for _ in range(140)]
     documents = [" ".join(reversed(text.split())) for text in texts]  # the same words
     documents[100:] = np.roll(documents[100:], 1).tolist()
-    tokenizer = prepare.train_tokenizer(texts, vocab_size=200)
+    tokenizer = train_tokenizer(texts, vocab_size=200)
     write_pairs(data / "stage2/mixed", zip(texts, documents, strict=True), tokenizer, PREFIXES)
     documents[15:30] = [sentence(rng) for _ in range(15)]
     rows = [{"query": texts[i], "document": documents[i]} for i in range(30)]
@@ -41,7 +42,7 @@ def folder(tmp_path):
     prepare.write_source(data / "stage2/other", rows, PREFIXES, tokenizer)
     weighted = data / "stage2/other/meta.json"
     write_json(weighted, {**read_json(weighted), "weight": 3})
-    prepare.save_tokenizer(data, tokenizer)
+    save_tokenizer(data, tokenizer)
     rows = {"stage2/mixed": 140, "stage2/other": 30}
     write_json(data / "meta.json", {"made_by": "nanoembed", "rows": rows})
     return data
