@@ -104,7 +104,7 @@ BAD = (
     (record.main, ["--seeds=few"], "--seeds=few: give whole numbers from 0"),
     (estimate.main, ["mlm", "--gpus=0"], "--gpus=0: give a whole number"),
     (experiments.main, ["ladders"], "ladders: the tables are ladder, lesson, curve"),
-    (experiments.main, ["--rows=before"], "--rows=before: the rows are BM25, "),
+    (experiments.main, ["--rows=BM25,before"], "--rows=before: the rows are BM25, "),
     (
         experiments.main,
         ["--data=nowhere"],

@@ -276,7 +276,7 @@ def test_a_prediction_is_compared_with_what_is_measured(data, data_tokenizer, tm
     model.save_pretrained(tmp_path / "out" / "mlm")
     options = (f"--out={tmp_path}/out", f"--data={data}", "--predict=0.5")
     shown = work("experiment", "rope", *options)
-    assert "rope reads 60 held-out texts" in shown.splitlines()[1]
+    assert "rope reads each long held-out text" in shown.splitlines()[1]
     assert "you predicted +0.500: outside" in shown and "cannot be told" in shown
     record = json.loads(work("status", "--json"))["experiments"]["rope"]
     assert record["predicted"] == 0.5 and abs(record["mean"]) < 0.05
