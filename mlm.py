@@ -268,6 +268,7 @@ def main(arguments):
             losses, hits, _ = held_out_scores(model, held_out)
             number = step // config.eval_every  # another sample in each evaluation
             sample = show_guesses(model, held_out[number % len(held_out)][:40])
+            sample = f"{sample} ([guess], or [guess, not token])"
             run.log(step, sample, dev_loss=losses.mean(), dev_accuracy=hits.mean())
         run.save(step)
 

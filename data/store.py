@@ -91,9 +91,9 @@ class Source:
         folder = Path(folder)
         self.name, self.meta = folder.name, read_json(folder / "meta.json")
         try:
-            self.rows, self.weight = self.meta["rows"], float(self.meta.get("weight", 1))
-            if not 0 <= self.weight <= 1e6:
-                raise ValueError(f"its weight is {self.weight}, not from 0 to 1e6")
+            self.rows, self.weight = self.meta["rows"], self.meta.get("weight", 1)
+            if type(self.weight) not in (int, float) or not 0 <= self.weight <= 1e6:
+                raise ValueError(f"weight {self.weight!r:.20} in meta.json, not from 0 to 1e6")
             self.columns = {
                 name: Column(folder, name, self.meta["dtype"], tokens, tokenizer)
                 for name, tokens in self.meta["tokens"].items()
@@ -106,7 +106,7 @@ class Source:
             if "negative" in self.columns:
                 self.first_negative = map_file(folder / "negative.rows.bin", np.int64)
                 sizes["negative"] = len(self.first_negative) - 1
-        except (OSError, TypeError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{folder} is not a source of texts: {error!r}") from None
         if set(sizes.values()) != {self.rows}:
             raise InputError(f"{folder} is damaged: {sizes} rows, meta.json says {self.rows}")
