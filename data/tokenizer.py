@@ -5,8 +5,7 @@ import re
 from collections import Counter
 
 import numpy as np
-import tokenizers
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, processors, trainers
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
@@ -24,9 +23,9 @@ def train_tokenizer(texts, vocab_size):
     The library's trainer alone does not promise that: it numbers continuation pieces ("##a") in the
     order in which its threads find them, and breaks ties by number. So those of one character are
     passed as special tokens, which are numbered first. A second tokenizer gets the vocabulary."""
-    tokenizer = Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
     counts = Counter()
     for text in texts:
         counts.update(text)
@@ -35,7 +34,7 @@ def train_tokenizer(texts, vocab_size):
     common = [c for c, count in counts.most_common(vocab_size // 4) if count >= least]
     frequent = "".join(dict.fromkeys([*common, *filter(str.isascii, counts)]))
     alphabet = sorted(set(tokenizer.normalizer.normalize_str(frequent)) - {" "})
-    trainer = tokenizers.trainers.WordPieceTrainer(
+    trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         special_tokens=SPECIAL_TOKENS + [f"##{c}" for c in alphabet],
         initial_alphabet=alphabet,
@@ -45,15 +44,13 @@ def train_tokenizer(texts, vocab_size):
     tokenizer.train_from_iterator(texts, trainer)
     vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
 
-    trained = Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    trained = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     trained.normalizer, trained.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
-    trained.decoder = tokenizers.decoders.WordPiece(prefix="##")
+    trained.decoder = decoders.WordPiece(prefix="##")
     trained.add_special_tokens(SPECIAL_TOKENS)
     trained.encode_special_tokens = True  # "[MASK]" in a text is text, as for load_tokenizer
     ends = [(token, trained.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    trained.post_processor = tokenizers.processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=ends
-    )
+    trained.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
     return trained
 
 
@@ -72,8 +69,8 @@ def known_pieces(tokenizer):
 
 
 def reads_pieces_apart(tokenizer):
-    """Whether what a tokenizer makes of a piece does not depend on the pieces around it, as with
-    BERT's rules."""
+    """Whether what a tokenizer makes of a piece does not depend on the pieces around it. By BERT's
+    rules it does not."""
     rules = tokenizer.normalizer, tokenizer.pre_tokenizer
     added = tokenizer.get_added_tokens_decoder().values()  # others than [CLS] ... may have blanks
     return tuple(map(type, rules)) == BERT and all(token.special for token in added)
@@ -82,7 +79,7 @@ def reads_pieces_apart(tokenizer):
 def encode(tokenizer, texts):
     """The token ids of each text, [CLS] ... [SEP]: a list of arrays, as they are on disk.
 
-    Texts are made of the same words again and again. Each different piece goes through the
+    Texts are made of the same words and marks again and again. Each different one goes through the
     tokenizer once, which takes half as long as to tokenise whole texts."""
     dtype, texts = id_type(tokenizer), list(texts)
     if not reads_pieces_apart(tokenizer):
