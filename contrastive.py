@@ -56,7 +56,7 @@ class Config:
     hidden_size: int = 256  # C; this and the next five come from --init, if given [2, 65536]
     num_hidden_layers: int = 1  # transformer blocks; 0: the mean of word vectors [0, 1000]
     num_attention_heads: int = 4  # H; heads of 64 features, as the paper's [1, 1000]
-    intermediate_size: int = 256  # width of the feed-forward layers; 512 is no better [1, 1e6]
+    intermediate_size: int = 512  # width of the feed-forward layers [1, 1e6]
     rope_base: float = 1000.0  # sec. 3.4 [1, 1e9]
     trained_length: int = 128  # tokens; Dynamic NTK is for longer texts [4, 1e6]
 
