@@ -38,7 +38,7 @@ SAMPLE = 10_000  # rows of a source that its retrieval task and the tokenizer ar
 COLUMNS = ["query", "document", "negatives"]
 TASKS = "search_query|search_document|classification|clustering|none"  # prefixes; none is no prefix
 SURROGATE = re.compile("[\ud800-\udfff]")
-SUFFIX = re.compile(r"\.(jsonl?|csv|parquet)(\.gz)?$")
+SUFFIX = re.compile(r"\.(jsonl?|csv|parquet)(\.gz)?$", re.I)
 
 
 @dataclass
@@ -86,7 +86,7 @@ def read_pairs(source, limit, faults):
 
 def read_place(place):
     """The rows of a file or a data set: objects, or lines of JSON that are still to be parsed."""
-    suffix = SUFFIX.search(place)
+    suffix = SUFFIX.search(place.lower())
     if not Path(place).is_file() or suffix[1] == "parquet":
         return read_dataset(place, suffix)
     lines = (line for _, line in read_lines(place))

@@ -80,7 +80,7 @@ def test_copies_of_earlier_rows_are_left_out_and_counted(tmp_path):
 
 
 FORMS = {  # file: row i, and the pairs that it gives
-    "lines.csv": lambda i: (f'"{i}\ntwo, {i}",{i:09}', [(f"{i}\ntwo, {i}", f"{i:09}", [])]),
+    "lines.CSV": lambda i: (f'"{i}\ntwo, {i}",{i:09}', [(f"{i}\ntwo, {i}", f"{i:09}", [])]),
     "lists.jsonl": lambda i: (f'["ask {i}", "{i}", "not"]', [(f"ask {i}", f"{i}", ["not"])]),
     "sets.jsonl": lambda i: (f'{{"set": ["1 {i}", "2 {i}", "3"]}}', [(f"1 {i}", f"2 {i}", [])]),
     "several.jsonl": lambda i: (
@@ -97,7 +97,7 @@ FORMS = {  # file: row i, and the pairs that it gives
 @pytest.mark.parametrize("name", FORMS)
 def test_other_forms_of_rows_are_read(name, tmp_path):
     rows, expected = zip(*map(FORMS[name], range(40)), strict=True)
-    header = "\ufefftitle,body\n" if name == "lines.csv" else "\ufeff"
+    header = "\ufefftitle,body\n" if name == "lines.CSV" else "\ufeff"
     (tmp_path / name).write_text(header + "\n".join(rows), encoding="utf-8")
     columns = "set" if name == "sets.jsonl" else "title,body,no"
     meta = prepare(tmp_path / "out", tmp_path / name, f"--columns={columns}")
