@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -69,6 +70,8 @@ def progress(work, name=None, **news):
 def judge(exercise, function):
     """Runs the tests in a copy of the project with this function in it. Returns "right" if every
     one of them ran and passed, else what the student should read; and all that pytest printed."""
+    if find_spec("pytest") is None:
+        raise InputError("checks need pytest: make lab installs it, or pip install pytest")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "--junitxml=report.xml"]
     command += [f"tests/test_{exercise.file}::{test}" for test in exercise.tests]
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "timeout": SECONDS}

@@ -182,6 +182,14 @@ def test_a_function_that_stops_the_tests_is_not_right(work, monkeypatch, body, m
     assert message in work("check", "ndcg") and work.row("ndcg")["state"] == "tried"
 
 
+def test_without_pytest_nothing_is_judged(work, monkeypatch):
+    work.write("ndcg", cutting.real(BY_NAME["ndcg"]))
+    monkeypatch.setattr(lab, "find_spec", lambda _: None)
+    with refused("checks need pytest: make lab installs it, or pip install pytest"):
+        work("check", "ndcg")
+    assert work.row("ndcg")["result"] == "not checked as it is now"
+
+
 def test_a_file_that_cannot_be_read_is_a_line_and_the_others_are_checked(work):
     contents = {
         b"def mask_tokens(x:\n    pass\n": "line 1",
