@@ -1,9 +1,9 @@
 # From a fresh clone: `make demo` trains a model and searches with it. `make own TEXT=folder` does the same with a folder
-# of Markdown or plain text, added to the built-in data; with ADD= on that text alone. `make lesson` shows in an
-# afternoon what each stage of the paper brings. `make lab` prepares the lab (lab/README.md), with the models of the demo,
-# which it trains where there are none. `make test` runs the tests. Each command may be repeated: finished data and
-# training are not done again, and interrupted training continues; scores and pictures are made anew. The README has the
-# plain commands.
+# of Markdown or plain text, added to the built-in data; with ADD= on that text alone. OPTIONS="--batch-size=64 --steps=60"
+# are for both of its stages. `make lesson` shows in an afternoon what each stage of the paper brings. `make lab` prepares
+# the lab (lab/README.md), with the models of the demo, which it trains where there are none. `make test` runs the tests.
+# Each command may be repeated: finished data and training are not done again, and interrupted training continues; scores
+# and pictures are made anew. The README has the plain commands.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,8 +25,8 @@ own: .venv/installed
 	@test -d "$(TEXT)" || { echo "make own: name a folder of text: make own TEXT=notes"; exit 2; }
 	$(if $(filter out/pydocs,$(ADD)),$(BIN)/python data/pydocs.py)
 	$(BIN)/python data/folder.py "$(TEXT)" "--add=$(ADD)" --out=out/own/data --show=5
-	$(BIN)/python contrastive.py --data=out/own/data --out=out/own/contrastive
-	$(BIN)/python finetune.py --data=out/own/data --init=out/own/contrastive --out=out/own/finetune --negatives=0
+	$(BIN)/python contrastive.py --data=out/own/data --out=out/own/contrastive $(OPTIONS)
+	$(BIN)/python finetune.py --data=out/own/data --init=out/own/contrastive --out=out/own/finetune --negatives=0 $(OPTIONS)
 	$(BIN)/python evaluate.py --data=out/own/data --out=out/own
 	@echo 'now: $(BIN)/python evaluate.py search "your question" --data=out/own/data --out=out/own'
 
