@@ -64,7 +64,7 @@ def id_type(tokenizer):
 
 @functools.cache
 def known_pieces(tokenizer):
-    """Remembers the ids of pieces, as bytes."""
+    """piece -> its ids as bytes, remembered for each tokenizer."""
     return {}
 
 
