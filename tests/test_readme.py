@@ -80,9 +80,13 @@ def test_every_command_of_the_readme_runs(command, checkout):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_has_commands_and_every_file_that_it_names_exists(page):
+def test_a_page_has_commands_and_every_file_and_heading_that_it_names_exists(page):
     text = (ROOT / page).read_text()
     names = re.findall(r"`([\w/]+\.(?:py|txt|md|sh|tsv))`", text)
     names += [f"{os.path.dirname(page)}/{n}" for n in re.findall(r"\]\(([\w/.]+)\)", text)]
     missing = [n for n in names if not (ROOT / n.lstrip("/")).exists()]
     assert names and commands_of(page) and not missing, missing
+    for file, anchor in re.findall(r"\]\(([\w/.]*)#([\w-]+)\)", text):
+        target = (ROOT / page).parent / file if file else ROOT / page
+        headings = re.findall(r"^#+ (.*)$", target.read_text().lower(), re.M)
+        assert anchor in [re.sub(r"[^\w -]", "", x).replace(" ", "-") for x in headings]
