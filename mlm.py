@@ -194,7 +194,8 @@ def held_out_scores(model, sequences, piece=None, micro_batch_tokens=8192):
 
 @torch.no_grad()
 def show_guesses(model, text):
-    """A text with the model's guesses for its masked tokens: [right] or [guess, not target]."""
+    """A text with the model's guesses for its masked tokens: [guess], or [guess, not token] where
+    the guess is wrong."""
     tokenizer = model.bert.tokenizer
     shown = [tokenizer.id_to_token(i) for i in text]
     batch = Masker(tokenizer)([text], 0.15, [[0]])
@@ -203,7 +204,7 @@ def show_guesses(model, text):
     for position, guess, target in zip(positions, guesses, targets, strict=True):
         guess, target = tokenizer.id_to_token(int(guess)), tokenizer.id_to_token(int(target))
         shown[position] = f"[{guess}]" if guess == target else f"[{guess}, not {target}]"
-    return " ".join(shown).replace(" ##", "")
+    return " ".join(shown).replace(" ##", "") + " ([guess], or [guess, not token])"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -268,7 +269,6 @@ def main(arguments):
             losses, hits, _ = held_out_scores(model, held_out)
             number = step // config.eval_every  # another sample in each evaluation
             sample = show_guesses(model, held_out[number % len(held_out)][:40])
-            sample = f"{sample} ([guess], or [guess, not token])"
             run.log(step, sample, dev_loss=losses.mean(), dev_accuracy=hits.mean())
         run.save(step)
 

@@ -21,7 +21,7 @@ class PairBatches:
 
     def __init__(self, sources, batch_size, seed, pairs=0):
         self.sources, self.batch_size, self.seed = sources, batch_size, seed
-        rows, weight = np.array(list(map(len, sources))), np.array([s.weight for s in sources])
+        rows, weight = np.array([len(s) for s in sources]), np.array([s.weight for s in sources])
         self.drawn = None  # source -> its rows that are used; None: all
         if 0 < pairs < rows.sum():
             counts = np.round(rows * pairs / rows.sum()).astype(int)

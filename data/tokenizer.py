@@ -72,7 +72,7 @@ def reads_pieces_apart(tokenizer):
     """Whether what a tokenizer makes of a piece does not depend on the pieces around it. By BERT's
     rules it does not."""
     rules = tokenizer.normalizer, tokenizer.pre_tokenizer
-    added = tokenizer.get_added_tokens_decoder().values()  # others than [CLS] ... may have blanks
+    added = tokenizer.get_added_tokens_decoder().values()  # one that is not special may have blanks
     return tuple(map(type, rules)) == BERT and all(token.special for token in added)
 
 
@@ -80,12 +80,12 @@ def encode(tokenizer, texts):
     """The token ids of each text, [CLS] ... [SEP]: a list of arrays, as they are on disk.
 
     Texts are made of the same words and marks again and again. Each different one goes through the
-    tokenizer once, which takes half as long as to tokenise whole texts."""
+    tokenizer once, which takes less time than whole texts do (docs/speed.md)."""
     dtype, texts = id_type(tokenizer), list(texts)
     if not reads_pieces_apart(tokenizer):
         return [np.array(x.ids, dtype) for x in tokenizer.encode_batch_fast(texts)]
     known = known_pieces(tokenizer)
-    if len(known) > 500_000:  # some 100 MB
+    if len(known) > 500_000:  # some 60 MB
         known.clear()
     split = [PIECE.findall(text) for text in texts]
     new = list({piece for pieces in split for piece in pieces} - known.keys())

@@ -109,24 +109,8 @@ def test_stored_texts_are_the_tokens_of_prefix_and_text(data, sources, data_toke
                 assert truncated.tolist() == [*ids[:11], *ids[11:][-1:]]
 
 
-UNITS = [
-    "a",
-    "read",
-    "Zé",
-    "e\u0301",
-    "\u0301",
-    "ẞ",
-    "İ",
-    "中",
-    "ไทย",
-    "हिन्दी",
-    "∑",
-    "😀",
-    "’",
-    "。",
-]
-UNITS += [*"\x00\x0b\x1c\x85\xa0\u200d\u3000\ufffd\t  _('.,-=^`~", "\r\n", "##a", "two words"]
-UNITS += ["[MASK]", "[CLS]", "[UNK]", "x" * 101]
+UNITS = "a read Zé e\u0301 \u0301 ẞ İ 中 ไทย हिन्दी ∑ 😀 ’ 。 ##a [MASK] [CLS] [UNK]".split()
+UNITS += [*"\x00\x0b\x1c\x85\xa0\u200d\u3000\ufffd\t  _('.,-=^`~", "\r\n", "two words", "x" * 101]
 
 
 def test_texts_in_pieces_have_the_ids_that_the_library_gives_them_whole(data_tokenizer):

@@ -217,9 +217,9 @@ def test_one_batch_in_five_is_of_ones_own_pairs_however_few_they_are(paragraphs,
     for batch_size, error in ((1, 0.01), (64, 0.06)):  # 64 are more than there are of one's own
         pairs = PairBatches(open_sources(out / "stage2", tokenizer), batch_size, seed=0)
         own = [pairs.at(i)[0].name == "sentence-text" for i in range(len(pairs.source_of))]
-        assert abs(np.mean(own) - 0.2) < error
-    pairs = PairBatches(open_sources(out / "stage3", tokenizer), 1, seed=0)
-    weights = {source.weight for source in pairs.sources}
+        weights = {source.name: source.weight for source in pairs.sources}
+        assert abs(np.mean(own) - 0.2) < error and weights["sentence-text"] > 1
+    weights = {source.weight for source in open_sources(out / "stage3", tokenizer)}
     assert weights == {1}, "there more than a fifth are one's own anyway"
 
 

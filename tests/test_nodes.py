@@ -12,10 +12,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from tiny import SMALL, losses_of, train, wait_for_lines
-
-import contrastive
-import finetune
+from tiny import SMALL, STAGES, losses_of, train, wait_for_lines
 
 ADDRESSES = ("10.97.0.1", "10.97.0.2")
 
@@ -67,16 +64,17 @@ def check(agents, folder):
     np.testing.assert_allclose(losses_of(folder / "two"), losses_of(folder / "alone"), rtol=1e-3)
 
 
-def test_two_nodes_have_the_losses_of_one_process(nodes, data, tmp_path):
-    train(finetune, data, tmp_path / "alone", "--precision=float32")
+@pytest.mark.parametrize("stage", ["mlm", "finetune"])
+def test_two_nodes_have_the_losses_of_one_process(stage, nodes, data, tmp_path):
+    train(STAGES[stage], data, tmp_path / "alone", "--precision=float32")
     arguments = ["--precision=float32", f"--data={data}", f"--out={tmp_path}/two"]
-    agents = [start_agent(nodes, number, 29_501, "finetune", *arguments) for number in range(2)]
+    agents = [start_agent(nodes, number, 29_501, stage, *arguments) for number in range(2)]
     check(agents, tmp_path)
 
 
 def test_a_node_that_was_lost_joins_again_and_ends_in_equal_losses(nodes, data, tmp_path):
     arguments = ["--precision=float32", "--steps=80", "--save-every=10"]
-    train(contrastive, data, tmp_path / "alone", *arguments)
+    train(STAGES["contrastive"], data, tmp_path / "alone", *arguments)
     arguments += [f"--data={data}", f"--out={tmp_path}/two"]
     agents = [start_agent(nodes, number, 29_502, "contrastive", *arguments) for number in range(2)]
     wait_for_lines(tmp_path / "two", 15, lambda: agents[1].poll() is None)
